@@ -1,0 +1,89 @@
+"""Block influence: drop the blocks that turn their input least.
+
+Idea: 1 - mean cosine between what enters and what leaves a block; a block near 0 passes its input on and can be dropped.
+Paper: Men et al., "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect", 2024 (arXiv 2403.03853); the
+same measure is used by Minitron. Differs: any block of equal input and output shape found in the graph, not only transformer layers;
+in feature maps a "token" is one pixel with its channels; padded tokens are left out.
+Shapes: [batch, channels, ...] or [batch, ..., channels]. Cost: one forward pass over the set per round, two sums per block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from palmette.depth.entropy import MaskTap
+from palmette.errors import DataError
+from palmette.graph import Candidate, Site, observe
+from palmette.registry import MethodConfig, method
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockInfluenceConfig(MethodConfig):
+    """Block influence has nothing to choose."""
+
+
+class CosineMean:
+    """Running mean of the cosine between input and output tokens of one block, in float64."""
+
+    def __init__(self, channel_axis: int) -> None:
+        self.channel_axis = channel_axis
+        self.total, self.count = 0.0, 0
+
+    def add(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> None:
+        """Add one batch of inputs and outputs of equal shape; raises DataError when they are not finite."""
+        a, b = (t.detach().double().movedim(self.channel_axis, -1) for t in (x, y))
+        norms = a.norm(dim=-1) * b.norm(dim=-1)
+        cosine = torch.where(norms > 0, (a * b).sum(dim=-1) / norms.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
+        cosine = torch.where((a == b).all(dim=-1), torch.ones_like(cosine), cosine)
+        if mask is not None:
+            cosine = cosine[mask.to(torch.bool)]
+        if not bool(torch.isfinite(cosine).all()):
+            raise DataError("a block's features are not finite", fix="Look for NaN or infinite values in data and weights")
+        self.total += float(cosine.sum())
+        self.count += cosine.numel()
+
+    def influence(self) -> float:
+        """1 - mean cosine, 0 (passes its input on) to 2; raises DataError before the first batch."""
+        if self.count == 0:
+            raise DataError("no batch reached a block", fix="Give a calibration loader that is not empty")
+        return 1.0 - self.total / self.count
+
+
+@method(
+    name="block_influence",
+    title="Block influence: drop the blocks that change their input least",
+    paper="Men et al. ShortGPT. arXiv 2403.03853, 2024",
+    unit="1 - cosine",
+    sites="block",
+    edit="drop",
+    config=BlockInfluenceConfig,
+)
+def score(
+    captured: fx.GraphModule, candidates: Sequence[Candidate], loader: Iterable[Any], config: BlockInfluenceConfig, *, seed: int
+) -> dict[str, float]:
+    """1 - mean cosine between the input and output of each block, the sum over a candidate's blocks; low = remove first.
+
+    Raises DataError for an empty loader or features that are not finite.
+    """
+    sites = {site.path: site for candidate in candidates for site in candidate.sites}
+    tap = MaskTap(loader)
+    means = {path: CosineMean(_axis(site)) for path, site in sites.items()}
+
+    def adder(path: str) -> Callable[[Tensor, Tensor], None]:
+        mean = means[path]
+        return lambda x, y: mean.add(x, y, tap.for_tokens(y, mean.channel_axis))
+
+    observe(captured, {path: adder(path) for path in sites}, tap)
+    return {c.name: sum(means[site.path].influence() for site in c.sites) for c in candidates}
+
+
+def _axis(site: Site) -> int:
+    """The axis of the features: the site's own, else 1 for feature maps and the last for everything else."""
+    if site.channel_axis is not None:
+        return site.channel_axis
+    return 1 if len(site.shape) == 4 else len(site.shape) - 1

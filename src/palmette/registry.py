@@ -1,0 +1,224 @@
+"""Methods: a config with bounds, a decorated score function, and discovery, so that a new method is one new file.
+
+A method ranks candidates: `score(captured, candidates, loader, config, *, seed) -> {candidate name: float}`, low = remove first.
+It registers itself with `@method(...)`; `methods()` imports every module of every wing, so no list is kept by hand.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import importlib
+import importlib.util
+import math
+import pkgutil
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from palmette.errors import InputError, UnknownMethod
+
+WINGS = ("depth", "adapt", "supernet", "sparsity", "fairness")
+
+SiteKind = Literal["activation", "block"]
+ScoreFunction = Callable[..., dict[str, float]]
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """An interval for the number in a config field, closed unless an end is called open."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    low_open: bool = False
+    high_open: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        above = value > self.low if self.low_open else value >= self.low
+        below = value < self.high if self.high_open else value <= self.high
+        return above and below
+
+    def __str__(self) -> str:
+        left = "(" if self.low_open or math.isinf(self.low) else "["
+        right = ")" if self.high_open or math.isinf(self.high) else "]"
+        return f"{left}{self.low:g}, {self.high:g}{right}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """Base of every method's config: a frozen dataclass whose fields are checked when it is made.
+
+    Raises InputError for a value of the wrong type, outside its `Annotated[..., Bounds(...)]`, or not among its `Literal` choices.
+    """
+
+    def __post_init__(self) -> None:
+        check_config(self)
+
+
+def check_config(config: Any) -> None:
+    """Hold every field of a dataclass against its annotation: type, Literal choices and Bounds.
+
+    Raises InputError naming the field, the value and what is allowed.
+    """
+    hints = get_type_hints(type(config), include_extras=True)
+    for field in dataclasses.fields(config):
+        problem = _problem(getattr(config, field.name), hints[field.name])
+        if problem is not None:
+            value = getattr(config, field.name)
+            raise InputError(f"{field.name}={value!r} is not allowed", where=type(config).__name__, fix=f"Choose {problem}")
+
+
+def _problem(value: Any, hint: Any) -> str | None:
+    """What would be allowed instead of `value`, or None when it fits the annotation."""
+    if get_origin(hint) is Annotated:
+        inner, *marks = get_args(hint)
+        problem = _problem(value, inner)
+        if problem is not None or value is None:
+            return problem
+        return next((f"a value in {mark}" for mark in marks if isinstance(mark, Bounds) and value not in mark), None)
+    if get_origin(hint) is Literal:
+        choices = get_args(hint)
+        return None if value in choices else "one of " + ", ".join(repr(choice) for choice in choices)
+    if get_origin(hint) in (Union, types.UnionType):
+        problems = [_problem(value, option) for option in get_args(hint)]
+        return None if None in problems else " or ".join(problem for problem in problems if problem)
+    return _type_problem(value, hint)
+
+
+def _type_problem(value: Any, hint: Any) -> str | None:
+    if hint is type(None):
+        return None if value is None else "None"
+    if hint is bool:
+        return None if isinstance(value, bool) else "True or False"
+    if hint is int:
+        return None if isinstance(value, int) and not isinstance(value, bool) else "a whole number"
+    if hint is float:
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return None if number else "a finite number"
+    if isinstance(hint, type) and not isinstance(value, hint):
+        return f"a {hint.__name__}"
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A registered method: what it is, what it ranks, the edit it proposes, and its score function.
+
+    `watch`, where given, is `watch(captured, candidates, config, *, steps) -> None`: it puts observers into the graph before an
+    epoch-wise training of `steps` batches per epoch, whose findings the next call of `score` reads; `unwatch(captured)` removes them.
+    """
+
+    name: str
+    wing: str
+    title: str
+    paper: str
+    unit: str
+    sites: SiteKind
+    edit: str
+    config: type[MethodConfig]
+    score: ScoreFunction
+    summary: str = ""
+    watch: Callable[..., None] | None = None
+    unwatch: Callable[..., None] | None = None
+
+    def make_config(self, **options: Any) -> MethodConfig:
+        """The method's config from options; raises InputError for an option it does not know (suggests the nearest)."""
+        known = [field.name for field in dataclasses.fields(self.config)]
+        for option in options:
+            if option not in known:
+                near = difflib.get_close_matches(option, known, n=1)
+                fix = f"Did you mean {near[0]!r}?" if near else f"It knows {', '.join(known) or 'none'}"
+                raise InputError(f"method {self.name!r} has no option {option!r}", fix=fix)
+        return self.config(**options)
+
+    def kind(self, config: MethodConfig) -> SiteKind:
+        """The kind of sites ranked under `config`: its field `sites` where it has one, else the method's own."""
+        return getattr(config, "sites", self.sites)  # type: ignore[no-any-return]
+
+
+_METHODS: dict[str, Method] = {}
+
+
+def method(
+    *,
+    name: str,
+    title: str,
+    paper: str,
+    unit: str,
+    sites: SiteKind,
+    edit: str,
+    config: type[MethodConfig],
+    watch: Callable[..., None] | None = None,
+    unwatch: Callable[..., None] | None = None,
+) -> Callable[[F], F]:
+    """Register the decorated score function as a method; its wing is the package that its file lies in.
+
+    Raises InputError when another file has registered the same name.
+    """
+
+    def register(score: F) -> F:
+        parts = score.__module__.split(".")
+        wing = parts[1] if parts[0] == "palmette" and len(parts) > 2 else parts[0]
+        summary = (score.__doc__ or "").strip().splitlines()
+        entry = Method(
+            name=name, wing=wing, title=title, paper=paper, unit=unit, sites=sites, edit=edit, config=config, score=score,
+            summary=summary[0] if summary else "", watch=watch, unwatch=unwatch,
+        )  # fmt: skip
+        known = _METHODS.get(name)
+        if known is not None and known.score.__module__ != score.__module__:
+            raise InputError(f"two methods are named {name!r}", where=f"{known.score.__module__} and {score.__module__}")
+        _METHODS[name] = entry
+        return score
+
+    return register
+
+
+@functools.cache
+def _discover() -> None:
+    """Import every module of every wing once, so that its methods register themselves."""
+    for wing in WINGS:
+        package = f"palmette.{wing}"
+        if importlib.util.find_spec(package) is None:
+            continue
+        for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
+            importlib.import_module(f"{package}.{module.name}")
+
+
+def methods(wing: str | None = None) -> list[Method]:
+    """All registered methods, or those of one wing, by name."""
+    _discover()
+    return sorted((entry for entry in _METHODS.values() if wing in (None, entry.wing)), key=lambda entry: entry.name)
+
+
+def get_method(name: str | Method) -> Method:
+    """The method of that name (a Method is returned as it is).
+
+    Raises UnknownMethod, which suggests the nearest name.
+    """
+    if isinstance(name, Method):
+        return name
+    _discover()
+    if name in _METHODS:
+        return _METHODS[name]
+    near = difflib.get_close_matches(name, _METHODS, n=1, cutoff=0.5)
+    listed = f"`palmette methods` lists all: {', '.join(sorted(_METHODS))}"
+    raise UnknownMethod(f"no method is named {name!r}", fix=f"Did you mean {near[0]!r}? {listed}" if near else listed)
+
+
+def check_method(name: str | Method) -> list[str]:
+    """Run the public battery of behaviours on a method and return the names of the checks that it passed.
+
+    A method of your own need not lie in the package: decorate it with `@method` and pass its name. Takes some seconds.
+    Raises VerifyError naming the first check that fails and what it saw.
+    """
+    entry = get_method(name)
+    wing = entry.wing if importlib.util.find_spec(f"palmette.{entry.wing}") is not None else "depth"
+    battery = importlib.import_module(f"palmette.{wing}.battery")
+    passed: list[str] = []
+    for label, check in battery.CHECKS.items():
+        check(entry)
+        passed.append(label)
+    return passed

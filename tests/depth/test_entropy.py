@@ -1,0 +1,140 @@
+"""Entropy against a twin that counts one number at a time, over every setting of the switches."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from palmette.depth.entropy import EntropyRule, MaskTap, StateCounter, binary_entropy, count_states, mean_abs_weight
+from palmette.errors import DataError
+
+RULES = [
+    EntropyRule(zeros=zeros, neurons=neurons, aggregation=aggregation, position_first=first)
+    for zeros, neurons, aggregation, first in product(
+        ("on", "off", "exclude"), ("all", "lively"), ("global", "batch"), (True, False)
+    )
+]
+
+
+def _h(on: int, off: int) -> float:
+    if on == 0 or off == 0:
+        return 0.0
+    p = on / (on + off)
+    return -p * math.log2(p) - (1 - p) * math.log2(1 - p)
+
+
+def _twin(batches: list[Tensor], rule: EntropyRule) -> float:
+    """Brute force for [samples, channels, positions]: plain loops, plain numbers."""
+    if rule.aggregation == "batch":
+        once = EntropyRule(zeros=rule.zeros, neurons=rule.neurons, position_first=rule.position_first)
+        return sum(_twin([batch], once) for batch in batches) / len(batches)
+    counts: dict[tuple[int, int, int], list[int]] = {}
+    for batch in batches:
+        samples, channels, positions = batch.shape
+        for n, c, p in product(range(samples), range(channels), range(positions)):
+            key = (c, -1, -1) if rule.position_first else (c, p, positions)
+            state = counts.setdefault(key, [0, 0])
+            z = float(batch[n, c, p])
+            if z > 0 or (z == 0 and rule.zeros == "on"):
+                state[0] += 1
+            elif z < 0 or rule.zeros == "off":
+                state[1] += 1
+    entropies = [_h(*state) for state in counts.values()]
+    if rule.neurons == "lively":
+        entropies = [h for h in entropies if h > 0]
+    return sum(entropies) / len(entropies) if entropies else 0.0
+
+
+def _batches() -> st.SearchStrategy[list[Tensor]]:
+    """One to three batches of equal channels, of several sizes and resolutions, with many exact zeros."""
+
+    def build(channels: int, shapes: list[tuple[int, int]], seed: int) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        return [torch.randint(-1, 2, (n, channels, p), generator=generator).float() for n, p in shapes]
+
+    sizes = st.tuples(st.integers(1, 5), st.integers(1, 4))
+    return st.builds(build, st.integers(1, 4), st.lists(sizes, min_size=1, max_size=3), st.integers(0, 2**31))
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@settings(max_examples=25, deadline=None)
+@given(batches=_batches())
+def test_every_switch_equals_brute_force(rule: EntropyRule, batches: list[Tensor]) -> None:
+    counter = StateCounter(rule, channel_axis=1)
+    for batch in batches:
+        counter.add(batch)
+    assert counter.entropy() == pytest.approx(_twin(batches, rule), abs=1e-12)
+
+
+def test_the_channel_axis_may_be_the_last_one() -> None:
+    z = torch.randn(5, 3, 7, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(count_states(z, 1), count_states(z.movedim(1, -1), -1))
+    maps = z.unflatten(2, (7, 1))
+    assert torch.equal(count_states(z, 1), count_states(maps.permute(0, 2, 3, 1), 3))
+
+
+def test_vectors_have_one_position() -> None:
+    assert count_states(torch.tensor([[1.0, -1.0], [0.0, -2.0]]), 1).tolist() == [[[1], [0]], [[0], [2]], [[1], [0]]]
+
+
+def test_position_first_averaging_sees_what_per_position_entropy_does_not() -> None:
+    z = torch.tensor([[[1.0, -1.0, 1.0, -1.0]]]).repeat(8, 1, 1)
+    values = {}
+    for first in (True, False):
+        counter = StateCounter(EntropyRule(position_first=first), 1)
+        counter.add(z)
+        values[first] = counter.entropy()
+    assert values == {True: 1.0, False: 0.0}
+
+
+def test_global_counts_do_not_depend_on_how_the_set_is_cut() -> None:
+    z = torch.randn(24, 5, 3, generator=torch.Generator().manual_seed(2))
+    found = set()
+    for size in (1, 5, 24):
+        counter = StateCounter(EntropyRule(), 1)
+        for part in z.split(size):
+            counter.add(part)
+        found.add(counter.entropy())
+    assert len(found) == 1
+
+
+def test_padded_tokens_are_not_counted() -> None:
+    z = torch.randn(4, 6, 3, generator=torch.Generator().manual_seed(3))
+    mask = torch.ones(4, 6, dtype=torch.int64)
+    mask[:, 4:] = 0
+    tap = MaskTap([({"attention_mask": mask}, torch.zeros(4))])
+    next(iter(tap))
+    masked, cut = StateCounter(EntropyRule(), 2), StateCounter(EntropyRule(), 2)
+    masked.add(z, tap.for_tokens(z, 2))
+    cut.add(z[:, :4])
+    assert masked.entropy() == cut.entropy()
+
+
+def test_binary_entropy_at_its_ends_and_middle() -> None:
+    assert binary_entropy(torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)).tolist() == [0.0, 1.0, 0.0]
+
+
+def test_mean_abs_weight_looks_at_surviving_weights_only() -> None:
+    layer = nn.Linear(2, 2)
+    nn.init.zeros_(layer.weight)
+    assert mean_abs_weight(layer) == 0.0
+    with torch.no_grad():
+        layer.weight[0, 0], layer.weight[1, 1] = -3.0, 1.0
+    assert mean_abs_weight(layer) == 2.0
+
+
+@pytest.mark.parametrize("aggregation", ["global", "batch"])
+def test_nothing_seen_is_an_error(aggregation: str) -> None:
+    with pytest.raises(DataError, match="no batch reached"):
+        StateCounter(EntropyRule(aggregation=aggregation), 1).entropy()  # type: ignore[arg-type]
+
+
+def test_a_pre_activation_that_is_not_finite_is_an_error() -> None:
+    with pytest.raises(DataError, match="not finite"):
+        StateCounter(EntropyRule(), 1).add(torch.tensor([[1.0, float("nan")]]))
