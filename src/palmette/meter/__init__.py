@@ -1,0 +1,24 @@
+"""What a network really costs: parameters, multiply-adds, depth, peak memory, latency."""
+
+from palmette.meter.compute import depth, graph_macs, macs, node_macs, param_bytes, params
+from palmette.meter.cost import Cost, measure
+from palmette.meter.latency import Latency, hardware, measure_latency
+from palmette.meter.memory import live_bytes, peak_bytes
+from palmette.meter.table import CostTable
+
+__all__ = [
+    "Cost",
+    "CostTable",
+    "Latency",
+    "depth",
+    "graph_macs",
+    "hardware",
+    "live_bytes",
+    "macs",
+    "measure",
+    "measure_latency",
+    "node_macs",
+    "param_bytes",
+    "params",
+    "peak_bytes",
+]

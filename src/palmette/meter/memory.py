@@ -1,0 +1,163 @@
+"""Peak memory of inference, by liveness over a captured graph.
+
+The graph runs once on fake tensors, which have shapes, strides and storages but no memory. So views, in-place results
+and reshapes that must copy are what the operators make them, not what a list of names says. A storage is born in the
+step that first returns it and dies after the last step that uses any view of it. What a step allocates beside its
+results (the copies inside a matrix product, the statistics of a norm) counts while it runs. Nothing is assumed to be
+computed in place. Not counted: parameters and buffers (see `param_bytes`), and scratch space inside one kernel, which
+torch does not report.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from palmette.errors import InputError
+from palmette.meter.compute import evaluating
+
+
+def peak_bytes(captured: fx.GraphModule, batch: int = 1, *, hold_inputs: bool = True) -> int:
+    """Largest number of bytes that inputs and activations occupy at once during one eval forward pass at `batch`.
+
+    hold_inputs: the caller keeps the inputs for the whole pass, as with PyTorch and ONNX Runtime; False frees them
+    after their last use, as a planned arena does. Raises InputError when the graph cannot be followed without data.
+    """
+    return max(live_bytes(captured, batch, hold_inputs=hold_inputs).values(), default=0)
+
+
+def live_bytes(captured: fx.GraphModule, batch: int = 1, *, hold_inputs: bool = True) -> dict[str, int]:
+    """For every node of the graph, by name and in execution order: the bytes that are occupied while it runs."""
+    steps = _follow(captured, batch)
+    end = len(steps) - 1
+    sizes: dict[int, int] = {}
+    birth: dict[int, int] = {}
+    death: dict[int, int] = {}
+    for position, step in enumerate(steps):
+        for storage, size in step.returned.items():
+            sizes[storage] = size
+            birth.setdefault(storage, position)
+            death[storage] = end if step.is_input and hold_inputs else max(position, death.get(storage, 0))
+        for storage in step.used & sizes.keys():
+            death[storage] = max(position, death[storage])
+    change = [0] * (len(steps) + 1)  # in bytes that stand from one step to the next
+    for storage, size in sizes.items():
+        change[birth[storage] + 1] += size
+        change[death[storage] + 1] -= size
+    live, standing = {}, 0
+    for step, delta in zip(steps, change, strict=False):
+        standing += delta
+        live[step.name] = standing + step.allocated
+    return live
+
+
+@dataclass
+class _Step:
+    """What a node returned (storage -> bytes, weights left out), what it used, and the most it had newly allocated."""
+
+    name: str
+    is_input: bool
+    returned: dict[int, int]
+    used: set[int]
+    allocated: int
+
+
+def _follow(captured: fx.GraphModule, batch: int) -> list[_Step]:
+    with evaluating(captured), FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        follower = _Follower(captured, fake)
+        try:
+            follower.run(*_fake_inputs(captured, batch), enable_io_processing=False)
+        except Exception as error:
+            raise InputError(
+                "Peak memory cannot be computed",
+                where=follower.where,
+                why=f"the operation cannot run without data ({type(error).__name__}: {str(error).splitlines()[0]})",
+            ) from error
+    return follower.steps
+
+
+def _fake_inputs(captured: fx.GraphModule, batch: int) -> list[Tensor | None]:
+    """Inputs as captured, with the first axis of all that share the captured batch size set to `batch`."""
+    metas = [node.meta for node in captured.graph.nodes if node.op == "placeholder"]
+    shapes = [meta["shape"] for meta in metas]
+    captured_batch = next((shape[0] for shape in shapes if shape), None)
+    found: list[Tensor | None] = []
+    for shape, meta in zip(shapes, metas, strict=True):
+        if shape and shape[0] == captured_batch:
+            shape = (batch, *shape[1:])
+        found.append(None if shape is None else torch.zeros(shape, dtype=meta["dtype"]))
+    return found
+
+
+class _Follower(fx.Interpreter):
+    """Runs a graph on fake tensors; keeps every value, so that a storage's address is its name."""
+
+    def __init__(self, captured: fx.GraphModule, fake: FakeTensorMode) -> None:
+        super().__init__(captured, garbage_collect_values=False)
+        self.fake = fake
+        self.where = ""
+        self.steps: list[_Step] = []
+        self.weights: set[int] = set()
+        self.storages: dict[fx.Node, set[int]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.where = str(n.meta.get("path", n.name))
+        with _Allocations() as allocations:
+            result = super().run_node(n)
+        tensors = [] if n.op == "output" else [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        sizes = {_address(t): t.untyped_storage().nbytes() for t in tensors}
+        if n.op == "get_attr":
+            self.weights |= sizes.keys()
+        used = set().union(*(self.storages[source] for source in n.all_input_nodes))
+        self.storages[n] = set(sizes)
+        returned = {storage: size for storage, size in sizes.items() if storage not in self.weights}
+        fresh = sum(size for storage, size in returned.items() if storage not in used)
+        self.steps.append(_Step(n.name, n.op == "placeholder", returned, used, max(fresh, allocations.peak)))
+        return result
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        return self.fake.from_tensor(value) if isinstance(value, Tensor) else value
+
+
+def _address(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+class _Allocations(TorchDispatchMode):
+    """The most bytes that operators had newly allocated at one time; what its schema calls an alias is not new."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak = 0
+        self.current = 0
+        self.alive: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        returns = func._schema.returns
+        for value, declared in zip(result if len(returns) > 1 else (result,), returns, strict=True):
+            if declared.alias_info is None:
+                for tensor in tree_leaves(value):
+                    if isinstance(tensor, Tensor):
+                        self._add(tensor)
+        return result
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        address, size = storage._cdata, storage.nbytes()
+        if address not in self.alive:
+            self.alive[address] = weakref.ref(storage, lambda _: self._remove(address, size))
+            self.current += size
+            self.peak = max(self.peak, self.current)
+
+    def _remove(self, address: int, size: int) -> None:
+        del self.alive[address]
+        self.current -= size
