@@ -1,0 +1,48 @@
+"""The coverage table, one family per test, each in its own process within a limit of time and memory."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def _load(name: str) -> ModuleType:
+    """A benchmark script as a module; its folder stays off the import path, for `coverage` is also a package's name."""
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name.removeprefix('table_')}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+families = _load("coverage_families")
+coverage = _load("table_coverage")
+KEYS = [f.key for f in families.families()]
+
+
+def test_the_table_is_as_wide_as_promised() -> None:
+    assert len(KEYS) == len(set(KEYS))
+    assert sum(k.startswith("torchvision:") for k in KEYS) >= 18
+    assert sum(k.startswith("timm:") for k in KEYS) >= 18
+    named = ("Bert", "Roberta", "DistilBert", "ViT", "Swin", "MobileNetV2", "ConvNext")
+    assert all(any(k.startswith(f"hf:{n}For") for k in KEYS) for n in named)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("key", KEYS)
+def test_family(key: str) -> None:
+    pytest.importorskip("timm" if key.startswith("timm") else "transformers" if key.startswith("hf") else "torch")
+    row = coverage.run_isolated(key, seconds=900, gibibytes=16)
+    print(coverage.format_table([row]))
+    assert row["passed"], row["failures"]
+    assert row["merges"] > 0 or row["reasons"]
