@@ -1,7 +1,8 @@
 """Methods: a config with bounds, a decorated score function, and discovery, so that a new method is one new file.
 
-A method ranks candidates: `score(captured, candidates, loader, config, *, seed) -> {candidate name: float}`, low = remove first.
-It registers itself with `@method(...)`; `methods()` imports every module of every wing, so no list is kept by hand.
+A method ranks candidates: `score(captured, candidates, loader, config, *, seed) -> {candidate name: float}`, low =
+remove first. It registers itself with `@method(...)`; `methods()` imports every module of every wing, so no list is
+kept by hand.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ class Bounds:
 class MethodConfig:
     """Base of every method's config: a frozen dataclass whose fields are checked when it is made.
 
-    Raises InputError for a value of the wrong type, outside its `Annotated[..., Bounds(...)]`, or not among its `Literal` choices.
+    Raises InputError for a value of the wrong type, outside its `Annotated[..., Bounds(...)]`, or not among its
+    `Literal` choices.
     """
 
     def __post_init__(self) -> None:
@@ -68,7 +70,9 @@ def check_config(config: Any) -> None:
         problem = _problem(getattr(config, field.name), hints[field.name])
         if problem is not None:
             value = getattr(config, field.name)
-            raise InputError(f"{field.name}={value!r} is not allowed", where=type(config).__name__, fix=f"Choose {problem}")
+            raise InputError(
+                f"{field.name}={value!r} is not allowed", where=type(config).__name__, fix=f"Choose {problem}"
+            )
 
 
 def _problem(value: Any, hint: Any) -> str | None:
@@ -107,8 +111,9 @@ def _type_problem(value: Any, hint: Any) -> str | None:
 class Method:
     """A registered method: what it is, what it ranks, the edit it proposes, and its score function.
 
-    `watch`, where given, is `watch(captured, candidates, config, *, steps) -> None`: it puts observers into the graph before an
-    epoch-wise training of `steps` batches per epoch, whose findings the next call of `score` reads; `unwatch(captured)` removes them.
+    `watch`, where given, is `watch(captured, candidates, config, *, steps) -> None`: it puts observers into the graph
+    before an epoch-wise training of `steps` batches per epoch, whose findings the next call of `score` reads;
+    `unwatch(captured)` removes them.
     """
 
     name: str
@@ -164,12 +169,24 @@ def method(
         wing = parts[1] if parts[0] == "palmette" and len(parts) > 2 else parts[0]
         summary = (score.__doc__ or "").strip().splitlines()
         entry = Method(
-            name=name, wing=wing, title=title, paper=paper, unit=unit, sites=sites, edit=edit, config=config, score=score,
-            summary=summary[0] if summary else "", watch=watch, unwatch=unwatch,
-        )  # fmt: skip
+            name=name,
+            wing=wing,
+            title=title,
+            paper=paper,
+            unit=unit,
+            sites=sites,
+            edit=edit,
+            config=config,
+            score=score,
+            summary=summary[0] if summary else "",
+            watch=watch,
+            unwatch=unwatch,
+        )
         known = _METHODS.get(name)
         if known is not None and known.score.__module__ != score.__module__:
-            raise InputError(f"two methods are named {name!r}", where=f"{known.score.__module__} and {score.__module__}")
+            raise InputError(
+                f"two methods are named {name!r}", where=f"{known.score.__module__} and {score.__module__}"
+            )
         _METHODS[name] = entry
         return score
 

@@ -1,10 +1,11 @@
 """Block influence: drop the blocks that turn their input least.
 
-Idea: 1 - mean cosine between what enters and what leaves a block; a block near 0 passes its input on and can be dropped.
-Paper: Men et al., "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect", 2024 (arXiv 2403.03853); the
-same measure is used by Minitron. Differs: any block of equal input and output shape found in the graph, not only transformer layers;
-in feature maps a "token" is one pixel with its channels; padded tokens are left out.
-Shapes: [batch, channels, ...] or [batch, ..., channels]. Cost: one forward pass over the set per round, two sums per block.
+Idea: 1 - mean cosine between what enters and what leaves a block; a block near 0 passes its input on and can be
+dropped. Paper: Men et al., "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect", 2024
+(arXiv 2403.03853); the same measure is used by Minitron. Differs: any block of equal input and output shape found in
+the graph, not only transformer layers; in feature maps a "token" is one pixel with its channels; padded tokens are
+left out. Shapes: [batch, channels, ...] or [batch, ..., channels]. Cost: one forward pass over the set per round, two
+sums per block.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ class CosineMean:
         if mask is not None:
             cosine = cosine[mask.to(torch.bool)]
         if not bool(torch.isfinite(cosine).all()):
-            raise DataError("a block's features are not finite", fix="Look for NaN or infinite values in data and weights")
+            raise DataError(
+                "a block's features are not finite", fix="Look for NaN or infinite values in data and weights"
+            )
         self.total += float(cosine.sum())
         self.count += cosine.numel()
 
@@ -64,9 +67,14 @@ class CosineMean:
     config=BlockInfluenceConfig,
 )
 def score(
-    captured: fx.GraphModule, candidates: Sequence[Candidate], loader: Iterable[Any], config: BlockInfluenceConfig, *, seed: int
+    captured: fx.GraphModule,
+    candidates: Sequence[Candidate],
+    loader: Iterable[Any],
+    config: BlockInfluenceConfig,  # noqa: ARG001 - the interface of scores
+    *,
+    seed: int,  # noqa: ARG001
 ) -> dict[str, float]:
-    """1 - mean cosine between the input and output of each block, the sum over a candidate's blocks; low = remove first.
+    """1 - mean cosine between the input and output of each block, summed per candidate; low = remove first.
 
     Raises DataError for an empty loader or features that are not finite.
     """

@@ -1,12 +1,13 @@
 """EASIER: linearise the activations whose neurons are nearly always ON or nearly always OFF, lowest mean entropy first.
 
-Paper: Quetu, Tartaglione, "The Simpler The Better: An Entropy-Based Importance Metric to Reduce Neural Networks' Depth",
-ECML-PKDD 2024. The paper's form, `reproduce=True`: entropy per mini-batch in train mode, averaged over the last epoch of training,
-z >= 0 is ON, one activation per round replaced by the identity. Sound form, the default: states counted over the whole calibration
-set in eval mode, and an affine fit, because low entropy does not say whether a neuron is ON or OFF.
-Differs from the authors' code: call sites instead of modules (a shared ReLU is split), exact 0 log 0, padded tokens not counted; and
-round 0 ranks a network that is trained already, by one pass in train mode that moves no weight.
-Shapes: pre-activations [batch, channels, ...] or [batch, ..., channels]. Cost: one forward pass over the set per round.
+Paper: Quetu, Tartaglione, "The Simpler The Better: An Entropy-Based Importance Metric to Reduce Neural Networks'
+Depth", ECML-PKDD 2024. The paper's form, `reproduce=True`: entropy per mini-batch in train mode, averaged over the
+last epoch of training, z >= 0 is ON, one activation per round replaced by the identity. Sound form, the default:
+states counted over the whole calibration set in eval mode, and an affine fit, because low entropy does not say
+whether a neuron is ON or OFF. Differs from the authors' code: call sites instead of modules (a shared ReLU is split),
+exact 0 log 0, padded tokens not counted; and round 0 ranks a network that is trained already, by one pass in train
+mode that moves no weight. Shapes: pre-activations [batch, channels, ...] or [batch, ..., channels]. Cost: one forward
+pass over the set per round.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor, fx, nn
 from palmette.depth.entropy import EntropyRule, MaskTap, StateCounter, count_states, layer_entropy, mean_abs_weight
 from palmette.errors import DataError, InputError
 from palmette.graph import Candidate, Site, observe
+from palmette.graph.activations import Activation, find_activations
 from palmette.graph.inputs import call, split_batch, to_device
 from palmette.registry import MethodConfig, method
 
@@ -46,15 +48,19 @@ class EasierConfig(MethodConfig):
         if self.reproduce:
             return EntropyRule(zeros="on", neurons="all", aggregation="batch", weighting="none", position_first=True)
         return EntropyRule(
-            zeros=self.zeros, neurons=self.neurons, aggregation=self.aggregation, weighting=self.weighting,
+            zeros=self.zeros,
+            neurons=self.neurons,
+            aggregation=self.aggregation,
+            weighting=self.weighting,
             position_first=self.position_first,
-        )  # fmt: skip
+        )
 
 
 class EntropyWatch(nn.Module):
     """Hands pre-activations through and, in train mode, keeps the sum of the batch entropies of the current epoch.
 
-    `total` (bits) and `batches` are buffers, so that a checkpoint in mid-epoch carries them; they restart with each epoch of `steps`.
+    `total` (bits) and `batches` are buffers, so that a checkpoint in mid-epoch carries them; they restart with each
+    epoch of `steps`.
     """
 
     total: Tensor
@@ -83,25 +89,23 @@ class EntropyWatch(nn.Module):
 
 
 def watch(captured: fx.GraphModule, candidates: Sequence[Candidate], config: EasierConfig, *, steps: int) -> None:
-    """Put an EntropyWatch before every activation of the candidates, for a training of `steps` batches per epoch; in place."""
+    """Put an EntropyWatch before each activation of the candidates, for training in epochs of `steps` batches; in place."""
     sites = {site.path: site for candidate in candidates for site in candidate.sites}
-    for index, (path, node) in enumerate(_nodes(captured, sites)):
-        source = node.args[0]
-        if not isinstance(source, fx.Node):
-            raise InputError("an activation has no tensor input", where=path)
+    for index, (path, found) in enumerate(_activations(captured, sites)):
         name = f"{_WATCH}_{index}"
         captured.add_submodule(name, EntropyWatch(_axis(sites[path]), config.rule, steps))
-        with captured.graph.inserting_before(node):
-            seen = captured.graph.call_module(name, (source,))
-        seen.meta = {**source.meta, "path": f"{_WATCH}.{path}", "watched": path}
-        node.replace_input_with(source, seen)
+        with captured.graph.inserting_after(found.source):
+            seen = captured.graph.call_module(name, (found.source,))
+        seen.meta = {**found.source.meta, "path": f"{_WATCH}.{path}", "watched": path}
+        for node in found.region:
+            node.replace_input_with(found.source, seen)
     captured.recompile()
 
 
 def unwatch(captured: fx.GraphModule) -> None:
     """Take every EntropyWatch out again; in place."""
     for node in [node for node in captured.graph.nodes if "watched" in node.meta]:
-        node.replace_all_uses_with(node.args[0])
+        node.replace_all_uses_with(node.all_input_nodes[0])
         captured.graph.erase_node(node)
         captured.delete_submodule(str(node.target))
     captured.recompile()
@@ -119,7 +123,12 @@ def unwatch(captured: fx.GraphModule) -> None:
     unwatch=unwatch,
 )
 def score(
-    captured: fx.GraphModule, candidates: Sequence[Candidate], loader: Iterable[Any], config: EasierConfig, *, seed: int
+    captured: fx.GraphModule,
+    candidates: Sequence[Candidate],
+    loader: Iterable[Any],
+    config: EasierConfig,
+    *,
+    seed: int,  # noqa: ARG001 - the interface of scores
 ) -> dict[str, float]:
     """Mean entropy in bits over the activations of each candidate; low = remove first.
 
@@ -154,7 +163,7 @@ def _counted(
 def _watched(
     captured: fx.GraphModule, candidates: Sequence[Candidate], loader: Iterable[Any], config: EasierConfig
 ) -> dict[str, float]:
-    """Entropies that the last training left in the watches; without watches, those of one pass in train mode over a copy."""
+    """Entropies that the last training left in the watches; without any, those of a pass in train mode over a copy."""
     if any("watched" in node.meta for node in captured.graph.nodes):
         return _read(captured)
     twin = copy.deepcopy(captured)
@@ -177,8 +186,8 @@ def _read(captured: fx.GraphModule) -> dict[str, float]:
     return found
 
 
-def _nodes(captured: fx.GraphModule, sites: dict[str, Site]) -> list[tuple[str, fx.Node]]:
-    found = {node.meta["path"]: node for node in captured.graph.nodes if node.meta.get("path") in sites}
+def _activations(captured: fx.GraphModule, sites: dict[str, Site]) -> list[tuple[str, Activation]]:
+    found = {activation.path: activation for activation in find_activations(captured) if activation.path in sites}
     missing = [path for path in sites if path not in found]
     if missing:
         raise InputError(f"the network has no activation {missing[0]!r}", fix="`palmette sites` lists them")
@@ -186,7 +195,7 @@ def _nodes(captured: fx.GraphModule, sites: dict[str, Site]) -> list[tuple[str, 
 
 
 def _axis(site: Site) -> int:
-    return site.channel_axis if site.channel_axis is not None else min(1, len(site.shape) - 1)
+    return site.channel_axis if site.channel_axis is not None else 1
 
 
 def _weight(captured: fx.GraphModule, site: Site) -> float:

@@ -1,10 +1,10 @@
 """Entropy of the states of activations, once, with the four switches by which the published variants differ.
 
-A neuron is ON where its pre-activation z > 0 and OFF where z < 0; H = -p log2 p - (1-p) log2(1-p) bits with p = P(ON).
-EGP = (zeros off, lively, batch, weight), NEPENTHE = (exclude, lively, global, weight), EASIER = (on, all, batch, none); see specs
-of the papers (ICCV-W 2023; arXiv 2404.16890; arXiv 2404.16884). Differs from them: 0 log 0 is exactly 0 (theirs clamp at 1e-5
-to 1e-10), and global counts are int64 over the whole set instead of averages of batches.
-Time: one pass over the data. Memory: three int64 counts per (channel, position) and activation.
+A neuron is ON where its pre-activation z > 0 and OFF where z < 0; H = -p log2 p - (1-p) log2(1-p) bits with p =
+P(ON). EGP = (zeros off, lively, batch, weight), NEPENTHE = (exclude, lively, global, weight), EASIER = (on, all,
+batch, none); see specs of the papers (ICCV-W 2023; arXiv 2404.16890; arXiv 2404.16884). Differs from them: 0 log 0 is
+exactly 0 (theirs clamp at 1e-5 to 1e-10), and global counts are int64 over the whole set instead of averages of
+batches. Time: one pass over the data. Memory: three int64 counts per (channel, position) and activation.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ ON, OFF, ZERO = 0, 1, 2
 
 @dataclass(frozen=True, kw_only=True)
 class EntropyRule:
-    """The switches: what a zero counts as, which neurons are averaged, over what p is formed, and the weighting of the layer.
+    """The switches: what a zero counts as, which neurons are averaged, over what p is formed, how layers are weighted.
 
-    `position_first` forms one p per channel over all positions (the papers); otherwise every (channel, position) is a neuron.
-    With p = 0 and 1 alternating over pixels the first gives H = 1 and the second H = 0.
+    `position_first` forms one p per channel over all positions (the papers); otherwise every (channel, position) is a
+    neuron. With p = 0 and 1 alternating over pixels the first gives H = 1 and the second H = 0.
     """
 
     zeros: Literal["on", "off", "exclude"] = "on"
@@ -46,7 +46,8 @@ def binary_entropy(p: Tensor) -> Tensor:
 def count_states(z: Tensor, channel_axis: int, mask: Tensor | None = None) -> Tensor:
     """Counts of ON, OFF and zero over the samples of one batch: int64 [3, channels, positions].
 
-    Axis 0 holds the samples; all axes but it and `channel_axis` are positions. `mask` [samples, positions] leaves tokens out.
+    Axis 0 holds the samples; all axes but it and `channel_axis` are positions. `mask` [samples, positions] leaves
+    tokens out.
     """
     rows = z.detach().movedim(channel_axis, 1).flatten(2) if z.dim() > 2 else z.detach().unsqueeze(-1)  # N, C, P
     states = torch.stack((rows > 0, rows < 0, rows == 0))
@@ -95,7 +96,9 @@ class StateCounter:
     def add(self, z: Tensor, mask: Tensor | None = None) -> None:
         """Count the states of one batch of pre-activations; raises DataError when they are not finite."""
         if not bool(torch.isfinite(z).all()):
-            raise DataError("a pre-activation is not finite", fix="Look for NaN or infinite values in the data and the weights")
+            raise DataError(
+                "a pre-activation is not finite", fix="Look for NaN or infinite values in the data and the weights"
+            )
         counts = count_states(z, self.channel_axis, mask)
         if self.rule.aggregation == "batch":
             self._sum += layer_entropy([counts], self.rule)
@@ -126,7 +129,7 @@ def mean_abs_weight(module: nn.Module) -> float:
 
 
 class MaskTap:
-    """A loader that hands batches through and remembers the attention mask of the last one, so that padding is not counted."""
+    """A loader that hands batches through and remembers the last attention mask, so that padding is not counted."""
 
     def __init__(self, loader: Iterable[Any]) -> None:
         self.loader = loader

@@ -1,7 +1,7 @@
 """Random removal: the control that every ranking has to beat.
 
-Draws a number per candidate from a generator seeded by the seed and the candidate's name, so that the order does not depend on
-what else is ranked. No paper. Cost: nothing; the data is not looked at.
+Draws a number per candidate from a generator seeded by the seed and the candidate's name, so that the order does not
+depend on what else is ranked. No paper. Cost: nothing; the data is not looked at.
 """
 
 from __future__ import annotations
@@ -35,7 +35,12 @@ class RandomConfig(MethodConfig):
     config=RandomConfig,
 )
 def score(
-    captured: fx.GraphModule, candidates: Sequence[Candidate], loader: Iterable[Any], config: RandomConfig, *, seed: int
+    captured: fx.GraphModule,  # noqa: ARG001 - the interface of scores
+    candidates: Sequence[Candidate],
+    loader: Iterable[Any],  # noqa: ARG001
+    config: RandomConfig,  # noqa: ARG001
+    *,
+    seed: int,
 ) -> dict[str, float]:
     """A uniform random number per candidate, the same for the same seed and name; low = remove first."""
     return {candidate.name: _uniform(seed, candidate.name) for candidate in candidates}

@@ -1,0 +1,62 @@
+"""`palmette demo`: the main job end to end on scikit-learn's digits, without a download."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from palmette.cli import options as opt
+from palmette.cli import tables
+
+
+def demo(
+    run: Annotated[Path, typer.Option("--run", "-r", metavar="DIR", help="Run folder to write.")] = Path("runs/demo"),
+    network: Annotated[
+        Literal["digits-mlp", "digits-mobile"],
+        typer.Option(help="The dense network: MLP blocks or inverted residuals."),
+    ] = "digits-mlp",
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of training the dense network.")] = 15,
+    heal_epochs: Annotated[int, typer.Option(min=1, help="Healing epochs per round.")] = 3,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")] = False,
+    seed: opt.Seed = 0,
+) -> None:
+    """Train a small network on handwritten digits, shrink it, prove it, and show what it cost.
+
+    Example: palmette demo
+    """
+    from palmette.cli.shrink import command_line, show
+    from palmette.depth.shrink import shrink
+    from palmette.models import build
+    from palmette.resolve import resolve_data
+    from palmette.run import check_folder
+    from palmette.seeding import derive_seed, seeded
+    from palmette.train.evaluate import evaluate
+    from palmette.train.loop import HealConfig, heal
+
+    say = tables.console.print
+    check_folder(run, resume=resume)
+    found = resolve_data("digits", seed=seed)
+    shape = tuple(found.example_inputs.shape[1:])
+    with seeded("demo", seed):
+        dense = build(network, num_classes=found.num_classes or 10, shape=shape)
+    say(f"Training {network} on {len(found.train.dataset)} images of handwritten digits for {epochs} epochs")
+    heal(dense, found.train, HealConfig(optimizer="adamw", lr=3e-3, epochs=epochs), seed=derive_seed("demo", seed))
+    say(f"Dense network: {100 * evaluate(dense.eval(), found.val).accuracy:.2f} % on validation data")
+    result = shrink(
+        dense,
+        found.train,
+        found.val,
+        found.test,
+        example_inputs=found.example_inputs,
+        run_dir=run,
+        resume=resume,
+        max_drop=1.0,
+        heal=HealConfig(optimizer="adamw", lr=1e-3, epochs=heal_epochs),
+        calibration_loader=found.calibration,
+        seed=seed,
+        names={"command": command_line(), "model": f"palmette:{network}", "data": "digits"},
+        say=say,
+    )
+    show(result, "easier")

@@ -1,0 +1,90 @@
+"""Commands that turn one file into another: `palmette collapse`, `palmette export`, `palmette report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from palmette.cli import options as opt
+from palmette.cli import tables
+
+SavedFile = Annotated[
+    Path | None, typer.Option("--saved", "-s", metavar="FILE", help="model.safetensors of a run of this model.")
+]
+
+
+def collapse(
+    model: opt.ModelSpec,
+    plan: Annotated[Path, typer.Option("--plan", "-p", metavar="FILE", show_default=False, help="A fitted plan.json.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="safetensors file to write.")] = Path(
+        "model.safetensors"
+    ),
+    weights: opt.Weights = None,
+    data: opt.OptionalData = None,
+    image_size: opt.ImageSize = None,
+    classes: opt.Classes = None,
+    cost: Annotated[str, typer.Option(help="What a merge must not raise: eager, onnxruntime or macs.")] = "macs",
+    force: Annotated[bool, typer.Option("--force", help="Merge also where it costs more.")] = False,
+    pad: Annotated[str | None, typer.Option(help="repad, exact or bias_map; default: the plan's own.")] = None,
+    trust: opt.Trust = False,
+) -> None:
+    """Apply a plan to a network, merge what it made linear, verify, and save the smaller network.
+
+    Example: palmette collapse -m palmette:mlp -w dense.safetensors -d digits --plan runs/first/plan.json
+    """
+    from palmette.errors import VerifyError
+    from palmette.files import read_bytes
+    from palmette.graph import Plan, save, verify
+    from palmette.graph import collapse as collapse_network
+
+    network, example = opt.load_model(model, weights, data, image_size, classes, trust)
+    edits = Plan.from_json(read_bytes(plan).decode("utf-8", errors="replace"))
+    edited = edits.apply(network, example, pad=pad or edits.pad or "exact").eval()
+    small, record = collapse_network(edited, cost=cost, force=force)
+    seen = verify(edited, small.eval(), [example], example_inputs=example)
+    if not seen.max_relative_error <= 1e-4:
+        raise VerifyError(f"the collapsed network differs from the edited one by {seen.max_relative_error:.1e}")
+    rows = [
+        (", ".join(m.members), m.exactness, f"{m.macs_before:,}", f"{m.macs_after:,}", "done" if m.done else m.reason)
+        for m in record.merges
+    ]
+    save(small, out, source=network)
+    tables.console.print(tables.plain("Merges", ("members", "exactness", "MACs before", "MACs after", "result"), rows))
+    tables.console.print(f"Largest relative output error {seen.max_relative_error:.1e}. Written: {out}")
+
+
+def export(
+    model: opt.ModelSpec,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help=".onnx or .pt2 file to write.")] = Path(
+        "model.onnx"
+    ),
+    weights: opt.Weights = None,
+    saved: SavedFile = None,
+    data: opt.OptionalData = None,
+    image_size: opt.ImageSize = None,
+    classes: opt.Classes = None,
+    trust: opt.Trust = False,
+) -> None:
+    """Write a network for a runtime and check that the runtime agrees.
+
+    Example: palmette export -m palmette:mlp -d digits --saved runs/first/model.safetensors -o small.onnx
+    """
+    from palmette.deploy import export as export_network
+    from palmette.graph import load
+
+    network, example = opt.load_model(model, weights, data, image_size, classes, trust)
+    if saved is not None:
+        network = load(network, saved)
+    tables.console.print(f"{out}: {export_network(network.eval(), example, out)}")
+
+
+def report(run: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.", show_default=False)]) -> None:
+    """Draw the report of a run again from its files.
+
+    Example: palmette report runs/first
+    """
+    from palmette.report import render
+
+    tables.console.print(f"Report: {render(run)}")

@@ -1,0 +1,92 @@
+"""Options that several commands share, and how they become models, data and training settings."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from palmette.resolve import Data, ResolvedModel
+
+ModelSpec = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="SPEC",
+        show_default=False,
+        help="palmette:NAME, timm:NAME, torchvision:NAME, hf:PATH, or path/file.py:function.",
+    ),
+]
+Weights = Annotated[
+    Path | None, typer.Option("--weights", "-w", metavar="FILE", help="safetensors, or a .pt that holds weights only.")
+]
+DataSpec = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        "-d",
+        metavar="SPEC",
+        show_default=False,
+        help="digits, cifar10:DIR, fashion-mnist:DIR, imagefolder:DIR, or path/file.py:function.",
+    ),
+]
+OptionalData = Annotated[
+    str | None,
+    typer.Option(
+        "--data", "-d", metavar="SPEC", help="Data whose images show the input's shape; see palmette shrink --help."
+    ),
+]
+ImageSize = Annotated[int | None, typer.Option("--image-size", min=1, help="Resize images to this many pixels.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Samples per batch.")]
+Classes = Annotated[int | None, typer.Option("--classes", min=1, help="Number of classes, where no data tells it.")]
+Trust = Annotated[
+    bool, typer.Option("--trust", help="Let files of others run their code. Only for sources that you trust.")
+]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")]
+
+
+def load_pair(
+    model: str, weights: Path | None, data: str, image_size: int | None, batch_size: int, seed: int, trust: bool
+) -> tuple[ResolvedModel, Data]:
+    """The model and the data of a command; the data's number of classes shapes the model where it may choose."""
+    from palmette.resolve import resolve_data, resolve_model
+
+    found = resolve_data(data, image_size=image_size, batch_size=batch_size, seed=seed)
+    return resolve_model(model, weights, num_classes=found.num_classes, trust=trust), found
+
+
+def load_model(
+    model: str, weights: Path | None, data: str | None, image_size: int | None, classes: int | None, trust: bool
+) -> tuple[Any, Any]:
+    """A model and example inputs for it, from the data, from the model's own specification, or from `--image-size`.
+
+    Raises InputError when nothing tells the input's shape.
+    """
+    import torch
+
+    from palmette.errors import InputError
+    from palmette.resolve import resolve_data, resolve_model
+
+    if data is not None:
+        found = resolve_data(data, image_size=image_size)
+        return resolve_model(
+            model, weights, num_classes=classes or found.num_classes, trust=trust
+        ).model, found.example_inputs
+    resolved = resolve_model(model, weights, num_classes=classes, trust=trust)
+    if image_size is not None:
+        return resolved.model, torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    if resolved.example_inputs is None:
+        raise InputError("the shape of the model's input is not known", fix="Add --data SPEC or --image-size PIXELS")
+    return resolved.model, resolved.example_inputs
+
+
+def heal_config(**given: Any) -> Any:
+    """A HealConfig with the options that were given (those not None); raises InputError for a value out of bounds."""
+    from palmette.train.loop import HealConfig
+
+    known = {field.name for field in dataclasses.fields(HealConfig)}
+    return HealConfig(**{name: value for name, value in given.items() if value is not None and name in known})

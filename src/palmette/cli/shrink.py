@@ -1,0 +1,143 @@
+"""`palmette shrink`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from palmette.cli import options as opt
+from palmette.cli import tables
+
+if TYPE_CHECKING:
+    from palmette.depth.shrink import ShrinkResult
+
+
+def shrink(
+    model: opt.ModelSpec,
+    data: opt.DataSpec,
+    weights: opt.Weights = None,
+    run: Annotated[Path, typer.Option("--run", "-r", metavar="DIR", help="Run folder to write.")] = Path("runs/shrink"),
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")] = False,
+    method: Annotated[str, typer.Option(help="How sites are ranked; palmette methods lists them.")] = "easier",
+    max_drop: Annotated[
+        float, typer.Option(metavar="POINTS", help="Points of validation accuracy to give up at most.")
+    ] = 0.5,
+    target_latency: Annotated[
+        str | None, typer.Option(metavar="TIME", help='Stop once reached: "3.2ms", or "0.5x" of the dense latency.')
+    ] = None,
+    cost: Annotated[
+        str | None,
+        typer.Option(help="onnxruntime, eager, macs, or a cost_table.json. Default: onnxruntime if installed."),
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(help="At most this many rounds.")] = None,
+    step: Annotated[int, typer.Option(help="Candidates removed per round.")] = 1,
+    patience: Annotated[int, typer.Option(help="Rounds in a row that may miss before the end.")] = 2,
+    protect: Annotated[
+        list[str] | None, typer.Option(metavar="PATH", help="A site to leave alone; may be repeated.")
+    ] = None,
+    pad: Annotated[str | None, typer.Option(help="Borders of merged convolutions: repad, exact or bias_map.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Healing epochs per round.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Healing learning rate.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="Healing optimizer: sgd or adamw.")] = None,
+    distill: Annotated[
+        float | None, typer.Option(help="Weight of distillation from the dense network, 0 to 1.")
+    ] = None,
+    calibration_batches: Annotated[int, typer.Option(help="Batches for scores and fits.")] = 32,
+    controls: Annotated[bool, typer.Option(help="Also train dense + same training and random removal.")] = True,
+    reproduce: Annotated[bool, typer.Option("--reproduce", help="The method in its paper's form.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the ranking and the expected time; write nothing.")
+    ] = False,
+    image_size: opt.ImageSize = None,
+    batch_size: opt.BatchSize = 64,
+    seed: opt.Seed = 0,
+    trust: opt.Trust = False,
+) -> None:
+    """Make a trained network smaller and faster, prove it, and write a report.
+
+    Example: palmette shrink -m palmette:mlp -d digits -w dense.safetensors --max-drop 0.5 --run runs/first
+    """
+    from palmette.depth.shrink import check_request
+    from palmette.depth.shrink import shrink as shrink_network
+
+    heal = opt.heal_config(epochs=epochs, lr=lr, optimizer=optimizer, distill=distill)
+    check_request(method, reproduce=reproduce, max_drop=max_drop, target_latency=target_latency)
+    resolved, found = opt.load_pair(model, weights, data, image_size, batch_size, seed, trust)
+    result = shrink_network(
+        resolved.model,
+        found.train,
+        found.val,
+        found.test,
+        example_inputs=found.example_inputs,
+        method=method,
+        max_drop=max_drop,
+        target_latency=target_latency,
+        protect=protect or [],
+        run_dir=run,
+        resume=resume,
+        heal=heal,
+        rounds=rounds,
+        step=step,
+        patience=patience,
+        pad=pad,
+        cost=_cost(cost),
+        calibration_loader=found.calibration,
+        calibration_batches=calibration_batches,
+        controls=controls,
+        seed=seed,
+        dry_run=dry_run,
+        reproduce=reproduce,
+        names={"command": command_line(), "model": model, "data": data},
+        say=tables.console.print,
+    )
+    show(result, method)
+
+
+def _cost(text: str | None) -> Any:
+    """A runtime's name as it is; a file of stored timings as a table that never measures."""
+    if text is None or not text.endswith(".json"):
+        return text
+    from palmette.meter.table import CostTable
+
+    return CostTable.stored(Path(text))
+
+
+def command_line() -> str:
+    """The command as it was typed."""
+    return shlex.join(["palmette", *sys.argv[1:]])
+
+
+def show(result: ShrinkResult, method: str) -> None:
+    """Print a result: the ranking of a dry run, or the accounting table, the proof and the path of the report."""
+    from palmette.registry import get_method
+
+    print_line = tables.console.print
+    if result.expected_seconds is not None:
+        print_line(tables.ranking(result.ranking, get_method(method).unit))
+        print_line(result.message)
+        return
+    print_line(tables.accounting(result.rows, result.split))
+    print_line(tables.measured_on(result.rows))
+    if result.verification is not None:
+        print_line(f"Proof: {proof(result)}")
+    for kind, parity in result.exports.items():
+        print_line(f"model.{kind}: {parity.get('error') or tables.parity(parity)}")
+    print_line(result.message)
+    if result.report is not None:
+        print_line(f"Report: {result.report}")
+
+
+def proof(result: ShrinkResult) -> str:
+    """One line on how closely the collapsed network follows the edited one, and how many merges were done."""
+    seen, record = result.verification, result.record
+    if seen is None or record is None:
+        return "nothing was edited"
+    done = sum(merge.done for merge in record.merges)
+    return (
+        f"{done} of {len(record.merges)} merges done; largest relative output error {seen.max_relative_error:.1e}"
+        f" (float64 twin {seen.max_relative_error_float64:.1e}), top-1 agreement {100 * seen.top1_agreement:.2f} %"
+    )

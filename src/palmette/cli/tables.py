@@ -1,0 +1,83 @@
+"""What commands print: rich tables with units."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+console = Console(soft_wrap=False, highlight=False)
+
+
+def accounting(rows: list[dict[str, Any]], split: str) -> Table:
+    """The accounting table: one column per network, one line per quantity, units in the first column."""
+    table = Table(title=f"What it costs and what it keeps ({split} data)", title_justify="left")
+    table.add_column("")
+    for row in rows:
+        table.add_column(row["name"], justify="right")
+    for label, cell in _lines(rows[0]):
+        table.add_row(label, *(cell(row) for row in rows))
+    return table
+
+
+def _lines(first: dict[str, Any]) -> list[tuple[str, Callable[[dict[str, Any]], str]]]:
+    lines: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
+        ("activations linearised", lambda row: str(row["linearized"])),
+        ("blocks dropped", lambda row: str(row["dropped"])),
+        ("parametric ops on the longest path", lambda row: str(row["depth"])),
+        ("MACs", lambda row: f"{row['macs']:,}"),
+        ("parameters", lambda row: f"{row['params']:,}"),
+        ("peak memory, KiB", lambda row: f"{row['peak_bytes'] / 1024:,.1f}"),
+    ]
+    for index, latency in enumerate(first["latency"]):
+        label = f"latency, ms ({latency['runtime']}, batch {latency['batch']})"
+        lines.append((label, lambda row, i=index: f"{row['latency'][i]['median_ms']:.3f}"))  # type: ignore[misc]
+    lines.append(("top-1, %", lambda row: f"{100 * row['accuracy']:.2f}"))
+    lines.append(("  95 % interval", lambda row: f"{100 * row['interval'][0]:.2f} to {100 * row['interval'][1]:.2f}"))
+    lines.append(("  samples", lambda row: str(row["n"])))
+    lines.append(("points against dense", _difference))
+    return lines
+
+
+def _difference(row: dict[str, Any]) -> str:
+    if row["difference"] is None:
+        return ""
+    points, low, high = row["difference"]
+    return f"{points:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
+def measured_on(rows: list[dict[str, Any]]) -> str:
+    """One line that names hardware, threads and dtype of the latencies."""
+    seen = {f"{lat['hardware']}, {lat['threads']} thread(s), {lat['dtype']}" for row in rows for lat in row["latency"]}
+    return "Latency: medians, interleaved; " + "; ".join(sorted(seen)) if seen else ""
+
+
+def ranking(rows: Sequence[dict[str, Any]], unit: str) -> Table:
+    """The ranking of candidates, first to be removed on top."""
+    table = Table(title="Candidates, first to be removed on top", title_justify="left")
+    table.add_column("candidate", overflow="fold")
+    table.add_column(f"score, {unit}", justify="right")
+    table.add_column("MACs saved", justify="right")
+    table.add_column("ms saved", justify="right")
+    for row in rows:
+        saved = "" if row["ms_saved"] is None else f"{row['ms_saved']:.3f}"
+        table.add_row(row["name"], f"{row['score']:.4f}", f"{row['macs_saved']:,}", saved)
+    return table
+
+
+def plain(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A table of text, left-aligned."""
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def parity(seen: dict[str, Any]) -> str:
+    """One line on how closely a runtime follows the network."""
+    snr = "no difference" if seen["snr_db"] is None else f"SNR {seen['snr_db']:.1f} dB"
+    return f"{seen['runtime']} agrees to {seen['relative_error']:.1e} relative, {snr}, {seen['samples']} samples"

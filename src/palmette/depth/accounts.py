@@ -1,0 +1,107 @@
+"""The accounting rule: the dense and the shrunk network beside both controls, each with all that was measured of it."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from palmette.depth import random_removal
+from palmette.depth.branch import Branch, count_edits, dense_again
+from palmette.depth.rounds import Search
+from palmette.depth.session import Session
+from palmette.graph import Candidate, Plan, collapse
+from palmette.meter import measure
+from palmette.meter.latency import measure_latency
+from palmette.stats import paired_difference
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """One row of the table: a name, a network in its final form, and the plan that led to it."""
+
+    name: str
+    network: nn.Module
+    plan: Plan
+
+
+def contenders(session: Session, found: Search, winner: nn.Module, plan: Plan) -> list[Contender]:
+    """Dense, shrunk, and the two controls, which are trained here (resumably) when they are asked for."""
+    rows = [Contender(name="dense", network=session.dense, plan=Plan([]))]
+    rows.append(Contender(name="shrunk", network=winner, plan=plan))
+    if not session.settings.controls or found.winner < 0:
+        return rows
+    again = dense_again(session, found.winner + 1)
+    rows.append(Contender(name="dense + same training", network=again, plan=Plan([])))
+    return [*rows, random_control(session, found.winner + 1)]
+
+
+def random_control(session: Session, rounds: int) -> Contender:
+    """As many removals as the winner's, drawn at random from the same candidates, with the same healing; collapsed."""
+    branch = Branch(session, "random")
+    seed = session.settings.seed
+
+    def ranking(network: Any, pool: list[Candidate]) -> dict[str, float]:
+        return random_removal.score(network, pool, (), random_removal.RandomConfig(), seed=seed)
+
+    for number in range(rounds):
+        branch.choose(number, ranking)
+        branch.heal(number)
+    small, _ = collapse(branch.network, cost=session.table)
+    return Contender(name="random removal", network=small, plan=branch.plan)
+
+
+def account(session: Session, rows: list[Contender]) -> list[dict[str, Any]]:
+    """The rows of figures.json: edits, costs, interleaved latencies, accuracy with n, interval and difference.
+
+    Test data is looked at here and nowhere else, after everything has been decided.
+    """
+    split = session.val if session.test is None else session.test
+    costs = session.run.once("costs", lambda: [_static(session, row.network) for row in rows])
+    clocks = session.run.once("latencies", lambda: _latencies(session, rows))
+    seen = session.run.once("accuracies", lambda: _accuracies(session, rows, split))
+    return [
+        {"name": row.name, **count_edits(row.plan), **cost, "latency": clocks[row.name], **accuracy}
+        for row, cost, accuracy in zip(rows, costs, seen, strict=True)
+    ]
+
+
+def _static(session: Session, network: nn.Module) -> dict[str, int]:
+    cost = measure(network, session.example, runtimes=())
+    return {"depth": cost.depth, "macs": cost.macs, "params": cost.params, "peak_bytes": cost.peak_bytes}
+
+
+def _latencies(session: Session, rows: list[Contender]) -> dict[str, list[dict[str, Any]]]:
+    networks = {row.name: row.network for row in rows}
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in networks}
+    for runtime in runtimes():
+        for name, latency in measure_latency(networks, session.example, runtime=runtime).items():
+            found[name].append(latency.to_dict())
+    return found
+
+
+def runtimes() -> tuple[str, ...]:
+    """The runtimes that can be timed here: eager, and ONNX Runtime where it is installed."""
+    return ("eager", "onnxruntime") if has_onnx() else ("eager",)
+
+
+def has_onnx() -> bool:
+    """Whether everything is installed that writing and running ONNX needs."""
+    return all(importlib.util.find_spec(name) is not None for name in ("onnx", "onnxscript", "onnxruntime"))
+
+
+def _accuracies(session: Session, rows: list[Contender], split: Iterable[Any]) -> list[dict[str, Any]]:
+    evaluations = [session.evaluate(row.network, split) for row in rows]
+    dense = evaluations[0]
+    return [
+        {
+            "accuracy": seen.accuracy,
+            "n": seen.n,
+            "interval": list(seen.interval),
+            "difference": list(paired_difference(seen.correct, dense.correct)) if index else None,
+        }
+        for index, seen in enumerate(evaluations)
+    ]

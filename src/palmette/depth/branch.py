@@ -1,0 +1,200 @@
+"""A branch: a network on its way through rounds of choose, fit, apply and heal, every step of it journaled.
+
+All that a later step depends on is read from the run folder, never from memory alone: a choice and its fitted plan as
+JSON, the healed weights as one safetensors file per round. A killed run therefore continues to the same weights, bit
+for bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save
+from torch import Tensor, fx
+
+from palmette.depth.session import Session
+from palmette.errors import PlanError, RefusedEdit
+from palmette.files import write_atomic
+from palmette.graph import Candidate, Plan
+from palmette.registry import Method
+from palmette.train.loop import heal
+
+Ranking = Callable[[fx.GraphModule, list[Candidate]], dict[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What one round removes: the candidates, their fitted plan, and the ranking that led to it."""
+
+    names: tuple[str, ...]
+    sites: tuple[str, ...]
+    plan: Plan
+    scores: tuple[dict[str, Any], ...]
+    refused: dict[str, str]
+
+    @property
+    def score(self) -> float:
+        """The score of the first candidate chosen."""
+        return float(next(row["score"] for row in self.scores if row["name"] == self.names[0]))
+
+
+class Branch:
+    """A copy of the dense network that is edited and healed round by round under the name `label`."""
+
+    def __init__(self, session: Session, label: str) -> None:
+        self.session, self.label = session, label
+        self.network = copy.deepcopy(session.dense)
+        self.plan = Plan([])
+        self.watched: dict[str, float] | None = None
+
+    def stage(self, number: int, step: str) -> str:
+        """The name under which a step of a round is journaled."""
+        return f"{self.label}-{number:03d}-{step}"
+
+    def choose(self, number: int, ranking: Ranking) -> Choice | None:
+        """Rank what is left, fit the best legal edits and apply them; None when nothing is left that pays."""
+        stored = self.session.run.once(self.stage(number, "choice"), lambda: self._choose(ranking))
+        if not stored["names"]:
+            return None
+        plan = Plan.from_json(stored["plan"])
+        self.network = plan.apply(self.network, self.session.example, pad=self.session.settings.pad)
+        self.plan = self.plan + plan
+        return Choice(
+            names=tuple(stored["names"]),
+            sites=tuple(stored["sites"]),
+            plan=plan,
+            scores=tuple(stored["scores"]),
+            refused=stored["refused"],
+        )
+
+    def _choose(self, ranking: Ranking) -> dict[str, Any]:
+        pool = self.session.pool(self.network)
+        scores = ranking(self.network, pool) if pool else {}
+        order = sorted(pool, key=lambda c: (scores[c.name], -c.macs_saved, c.name))
+        taken: list[Candidate] = []
+        plan, refused = Plan([]), {}
+        for candidate in order:
+            if len(taken) == self.session.settings.step:
+                break
+            try:
+                plan = self._extended(taken, candidate)
+            except (RefusedEdit, PlanError) as error:
+                refused[candidate.name] = str(error)
+                continue
+            taken.append(candidate)
+        return {
+            "names": [c.name for c in taken],
+            "sites": [site.path for c in taken for site in c.sites],
+            "plan": plan.to_json(),
+            "scores": [
+                {"name": c.name, "score": scores[c.name], "macs_saved": c.macs_saved, "ms_saved": c.ms_saved}
+                for c in order
+            ],
+            "refused": refused,
+        }
+
+    def _extended(self, taken: list[Candidate], candidate: Candidate) -> Plan:
+        """The fitted plan of `taken` and one candidate more, tried on a copy; raises RefusedEdit where it cannot be."""
+        session = self.session
+        plan = Plan([edit for c in (*taken, candidate) for edit in session.edits(c)])
+        fitted = plan.fit(self.network, session.calibration, session.example)
+        fitted.apply(copy.deepcopy(self.network), session.example, pad=session.settings.pad)
+        return fitted
+
+    def heal(self, number: int, method: Method | None = None) -> None:
+        """Train the network for one healing schedule, or read its weights back where that was done before.
+
+        A `method` with observers has them in the graph meanwhile; what they found is kept in `watched` for the next
+        ranking.
+        """
+        weights = self.weights(number)
+
+        def train() -> dict[str, Any]:
+            watched = self._train(number, method)
+            self._store(weights)
+            return {"watched": watched}
+
+        self.watched = self.session.run.once(self.stage(number, "heal"), train)["watched"]
+        self.load(number)
+
+    def _train(self, number: int, method: Method | None) -> dict[str, float] | None:
+        session = self.session
+        pool = session.pool(self.network) if method is not None and method.watch is not None else []
+        checkpoint = session.run.path(f"{self.stage(number, 'checkpoint')}.safetensors")
+        if pool and method is not None and method.watch is not None:
+            method.watch(self.network, pool, session.config, steps=len(session.train))  # type: ignore[arg-type]
+        teacher = session.dense if session.heal.distill > 0 else None
+        heal(
+            self.network,
+            session.train,
+            session.heal,
+            teacher=teacher,
+            loss_fn=session.loss_fn,
+            seed=session.settings.seed,
+            checkpoint=checkpoint,
+            label=f"{self.label}-{number:03d}",
+        )
+        self.network.eval()
+        self.network.zero_grad(set_to_none=True)
+        watched = None
+        if pool and method is not None and method.unwatch is not None:
+            watched = method.score(self.network, pool, session.calibration, session.config, seed=session.settings.seed)
+            method.unwatch(self.network)
+        return watched
+
+    def weights(self, number: int) -> Path:
+        """The file that holds the healed weights of a round."""
+        return self.session.run.path(f"{self.label}-{number:03d}.safetensors")
+
+    def _store(self, path: Path) -> None:
+        seen: dict[tuple[int, int, tuple[int, ...]], str] = {}
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in self.network.state_dict().items():
+            key = (tensor.data_ptr(), tensor.storage_offset(), tuple(tensor.shape))
+            if tensor.numel() == 0 or seen.setdefault(key, name) == name:
+                tensors[name] = tensor.detach().cpu().contiguous()
+        write_atomic(path, save(tensors, metadata={"label": self.label}))
+
+    def load(self, number: int) -> None:
+        """Put the healed weights of a round into the network; raises PlanError when they do not fit its structure."""
+        state = load_file(self.weights(number))
+        result = self.network.load_state_dict(state, strict=False)
+        own = self.network.state_dict()
+        shared = {own[name].data_ptr() for name in state}
+        lost = [name for name in result.missing_keys if own[name].numel() and own[name].data_ptr() not in shared]
+        if lost or result.unexpected_keys:
+            names = ", ".join((lost + result.unexpected_keys)[:3])
+            raise PlanError(f"stored weights do not fit the network: {names}", where=str(self.weights(number)))
+        self.network.eval()
+
+    def at(self, number: int) -> Branch:
+        """The branch as it was after healing round `number` (-1: the dense network), rebuilt from the run folder."""
+        other = Branch(self.session, self.label)
+        for index in range(number + 1):
+            other.choose(index, _never)
+        if number >= 0:
+            other.load(number)
+        return other
+
+
+def _never(*_: Any) -> dict[str, float]:
+    raise PlanError("a round that was not run is asked for", fix="Start the run again in a fresh folder")
+
+
+def dense_again(session: Session, rounds: int) -> fx.GraphModule:
+    """The control "dense + same training": the dense network healed as often as the winner, edits left out."""
+    branch = Branch(session, "dense")
+    for number in range(rounds):
+        branch.heal(number)
+    return branch.network
+
+
+def count_edits(plan: Plan) -> dict[str, int]:
+    """How many activations a plan linearises and how many blocks it drops."""
+    kinds = [edit["kind"] for edit in json.loads(plan.to_json())["edits"]]
+    return {"linearized": kinds.count("linearize"), "dropped": kinds.count("drop")}

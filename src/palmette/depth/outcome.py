@@ -1,0 +1,138 @@
+"""From the deepest accepted round to files: collapse, verify, account, export, report."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from palmette.deploy import export
+from palmette.depth.accounts import account, contenders, has_onnx
+from palmette.depth.branch import Branch
+from palmette.depth.rounds import Search
+from palmette.depth.session import Session
+from palmette.errors import ExportError, VerifyError
+from palmette.files import write_atomic, write_json
+from palmette.graph import CollapseRecord, Plan, Verification, collapse, verify
+from palmette.graph import save as save_network
+from palmette.graph.inputs import split_batch
+from palmette.report import render
+
+FLOAT32_BOUND = 1e-4
+"""Largest relative output error of the collapsed network against the edited one that `shrink` lets pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What is handed back: the final network in eval mode, its plan and proofs, the table, and a sentence."""
+
+    network: nn.Module
+    plan: Plan
+    record: CollapseRecord | None
+    verification: Verification | None
+    rows: list[dict[str, Any]]
+    message: str
+    report: Path | None
+    exports: dict[str, Any]
+
+
+def finish(session: Session, found: Search, figures: dict[str, Any], say: Callable[[str], None]) -> Outcome:
+    """Turn what the rounds found into a proven network, its accounts and its files.
+
+    Raises VerifyError when the collapsed network does not compute what the edited one does.
+    """
+    if found.winner < 0:
+        say("nothing was removed: keeping the dense network")
+    winner = found.branch.at(found.winner)
+    network, record, verification = _collapsed(session, winner, found.winner >= 0)
+    if session.settings.controls and found.winner >= 0:
+        say("training the controls: dense + same training, random removal")
+    rows = account(session, contenders(session, found, network, winner.plan))
+    message = _message(session, found, rows)
+    write_atomic(session.run.path("plan.json"), winner.plan.to_json() + "\n")
+    save_network(network, session.run.path("model.safetensors"), source=session.model)
+    say("exporting")
+    exports = session.run.once("exports", lambda: _exports(session, network))
+    figures = figures | {
+        "rounds": [entry.to_dict() for entry in found.rounds],
+        "scores": ranking_rows(session, found),
+        "rows": rows,
+        "split": "val" if session.test is None else "test",
+        "merges": record.to_dict()["merges"] if record else [],
+        "verification": verification.to_dict() if verification else {},
+        "export": exports,
+        "message": message,
+    }
+    write_json(session.run.path("figures.json"), figures)
+    report = render(session.run.folder)
+    return Outcome(
+        network=network,
+        plan=winner.plan,
+        record=record,
+        verification=verification,
+        rows=rows,
+        message=message,
+        report=report,
+        exports=exports,
+    )
+
+
+def _collapsed(
+    session: Session, winner: Branch, changed: bool
+) -> tuple[nn.Module, CollapseRecord | None, Verification | None]:
+    """The winner as a smaller plain network, held against the edited one on real and random batches."""
+    if not changed:
+        return winner.network.eval(), None, None
+    network, record = collapse(winner.network, cost=session.table)
+    network.eval()
+    batches = [split_batch(batch)[0] for batch in itertools.islice(iter(session.val), 2)]
+    verification = verify(winner.network, network, batches, example_inputs=session.example)
+    if not verification.max_relative_error <= FLOAT32_BOUND:
+        raise VerifyError(
+            f"the collapsed network differs from the edited one by {verification.max_relative_error:.1e}",
+            why=f"at most {FLOAT32_BOUND:g} relative error is let pass in float32",
+            fix="Please report the plan.json of this run; `--pad exact` or protecting the last site may help",
+        )
+    return network, record, verification
+
+
+def _exports(session: Session, network: nn.Module) -> dict[str, Any]:
+    """Write model.pt2 and, where ONNX is installed, model.onnx; a format that fails is named, and the run goes on."""
+    batches = [split_batch(batch)[0] for batch in itertools.islice(iter(session.val), 1)]
+    found: dict[str, Any] = {}
+    for kind in ("onnx", "pt2") if has_onnx() else ("pt2",):
+        try:
+            parity = export(network, session.example, session.run.path(f"model.{kind}"), batches=batches)
+            found[kind] = parity.to_dict()
+        except ExportError as error:
+            found[kind] = {"error": str(error)}
+    return found
+
+
+def ranking_rows(session: Session, found: Search) -> list[dict[str, Any]]:
+    """The ranking of the first round as figures.json has it; entropy where the unit is bits."""
+    unit = session.method.unit
+    return [
+        {"round": 0, "unit": unit, "entropy": row["score"] if unit == "bits" else None, **row}
+        for row in found.first_scores
+    ]
+
+
+def _message(session: Session, found: Search, rows: list[dict[str, Any]]) -> str:
+    """What happened in one sentence, with the resolved difference where something was removed."""
+    if found.winner < 0:
+        return f"Nothing was removed: {found.ended}. The dense network is returned."
+    shrunk = rows[1]
+    difference, low, high = shrunk["difference"]
+    bound = session.settings.max_drop
+    verdict = f"within {bound:g} points" if -low <= bound else f"within {bound:g} points is not resolved"
+    removed = shrunk["linearized"] + shrunk["dropped"]
+    return (
+        f"{removed} site{'s' if removed > 1 else ''} removed in {found.winner + 1} round{'s' if found.winner else ''}; "
+        f"accuracy {difference:+.2f} points [{low:+.2f}, {high:+.2f}] on {shrunk['n']} samples: {verdict}. "
+        f"The rounds ended because {found.ended}."
+    )

@@ -1,0 +1,186 @@
+"""The rounds of `shrink`: remove, heal, look at validation data, go on while it pays.
+
+A round is accepted when validation accuracy is within `max_drop` points of the dense network's. Curves bounce, so
+`patience` rounds in a row may miss before the end (one under `reproduce`); the deepest accepted round wins.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import fx
+
+from palmette.depth.branch import Branch, Choice
+from palmette.depth.session import Session
+from palmette.device import parse_latency
+from palmette.errors import InputError
+from palmette.graph import Candidate, collapse
+from palmette.meter.compute import macs
+from palmette.train.evaluate import Evaluation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """One round as it is reported; `val_accuracy` is 0..1, `latency_ms` that of the collapsed network at batch 1."""
+
+    round: int
+    candidate: str
+    sites: tuple[str, ...]
+    score: float
+    val_accuracy: float
+    val_n: int
+    val_interval: tuple[float, float]
+    macs: int
+    latency_ms: float | None
+    accepted: bool
+    reason: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The round as JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """What the rounds found: the branch, all rounds, the deepest accepted one (-1: none) and why they ended."""
+
+    branch: Branch
+    rounds: tuple[Round, ...]
+    winner: int
+    first_scores: tuple[dict[str, Any], ...]
+    ended: str
+
+
+def rank(session: Session, branch: Branch | None = None) -> Any:
+    """The ranking that `choose` wants: what training watched, where there is some, else the method's score function."""
+
+    def ranking(network: fx.GraphModule, pool: list[Candidate]) -> dict[str, float]:
+        watched = None if branch is None else branch.watched
+        if watched is not None and all(c.name in watched for c in pool):
+            return watched
+        return session.method.score(network, pool, session.calibration, session.config, seed=session.settings.seed)
+
+    return ranking
+
+
+def target_ms(text: str | None, dense_ms: float | None) -> float | None:
+    """Milliseconds meant by a target such as "3.2ms" or, relative to the dense network, "0.5x".
+
+    Raises InputError when it does not parse, or when nothing measures milliseconds.
+    """
+    if text is None:
+        return None
+    relative = text.strip().lower().endswith("x")
+    if relative:
+        try:
+            factor = float(text.strip()[:-1])
+        except ValueError:
+            factor = 0.0
+        if not 0 < factor < 1:
+            raise InputError(f"{text!r} is not a target", fix='Write "0.5x" for half the dense latency, or "3.2ms"')
+    if dense_ms is None:
+        raise InputError("a target latency needs a clock", fix='Choose cost "onnxruntime" or "eager" instead of "macs"')
+    return dense_ms * factor if relative else parse_latency(text)
+
+
+def latency(session: Session, key: str, network: Any) -> float | None:
+    """Milliseconds of one forward pass at batch 1 by the cost table; None where it counts MACs."""
+    if session.table.runtime == "macs":
+        return None
+    return session.table.time(key, network, session.single)
+
+
+def search(session: Session, baseline: dict[str, Any], say: Callable[[str], None]) -> Search:
+    """Run the rounds until nothing pays, patience or rounds end, or the target latency is reached.
+
+    `baseline`: the dense network's validation summary. Raises InputError for a target that cannot be read.
+    """
+    settings = session.settings
+    dense_ms = session.run.once("dense-latency", lambda: latency(session, "dense", session.dense))
+    goal = target_ms(settings.target_latency, dense_ms)
+    patience = 1 if settings.reproduce else settings.patience
+    branch, found, winner, misses = Branch(session, "shrink"), list[Round](), -1, 0
+    scores: tuple[dict[str, Any], ...] = ()
+    number, ended = 0, "all rounds are done"
+    while settings.rounds is None or number < settings.rounds:
+        choice = branch.choose(number, rank(session, branch))
+        if choice is None:
+            ended = "no candidate is left whose removal pays" if number else _nothing(session)
+            break
+        scores = choice.scores if number == 0 else scores
+        entry = _round(session, branch, number, choice, baseline)
+        found.append(entry)
+        say(_line(entry, session))
+        winner, misses = (number, 0) if entry.accepted else (winner, misses + 1)
+        if entry.accepted and goal is not None and entry.latency_ms is not None and entry.latency_ms <= goal:
+            ended = f"the target of {goal:.3g} ms is reached: {entry.latency_ms:.3g} ms"
+            break
+        if misses >= patience:
+            ended = f"{misses} round{'s' if misses > 1 else ''} in a row lost more than {settings.max_drop:g} points"
+            break
+        number += 1
+    return Search(branch=branch, rounds=tuple(found), winner=winner, first_scores=scores, ended=ended)
+
+
+def _round(session: Session, branch: Branch, number: int, choice: Choice, baseline: dict[str, Any]) -> Round:
+    """Heal, cost and evaluate what was just edited."""
+    branch.heal(number, session.method if session.settings.reproduce else None)
+    cost = session.run.once(branch.stage(number, "cost"), lambda: cost_of(session, branch, number))
+    seen = session.run.once(branch.stage(number, "val"), lambda: summary(session.evaluate(branch.network, session.val)))
+    drop = 100 * (baseline["accuracy"] - seen["accuracy"])
+    accepted = drop <= session.settings.max_drop
+    return Round(
+        round=number,
+        candidate=", ".join(choice.names),
+        sites=choice.sites,
+        score=choice.score,
+        val_accuracy=seen["accuracy"],
+        val_n=seen["n"],
+        val_interval=tuple(seen["interval"]),
+        macs=cost["macs"],
+        latency_ms=cost["latency_ms"],
+        accepted=accepted,
+        reason=f"{drop:+.2f} points lost, {session.settings.max_drop:g} allowed",
+    )
+
+
+def _line(entry: Round, session: Session) -> str:
+    clock = "" if entry.latency_ms is None else f", {entry.latency_ms:.3g} ms ({session.table.runtime})"
+    verdict = "accepted" if entry.accepted else "missed"
+    accuracy = f"{100 * entry.val_accuracy:.2f} % on validation"
+    return f"round {entry.round}: {entry.candidate}: {accuracy}{clock}: {verdict}, {entry.reason}"
+
+
+def summary(seen: Evaluation) -> dict[str, Any]:
+    """What is journaled of an evaluation: accuracy, number of samples, interval."""
+    return {"accuracy": seen.accuracy, "n": seen.n, "interval": list(seen.interval)}
+
+
+def cost_of(session: Session, branch: Branch, number: int) -> dict[str, Any]:
+    """MACs and latency of the branch as it is now, collapsed."""
+    small, _ = collapse(copy.deepcopy(branch.network), cost=session.table)
+    key = branch.stage(number, "latency")
+    return {"macs": macs(small, session.single), "latency_ms": latency(session, key, small)}
+
+
+def _nothing(session: Session) -> str:
+    kind = session.method.kind(session.config)
+    return f"no {kind} can be removed at a gain on the chosen cost ({session.table.runtime})"
+
+
+def expected_seconds(session: Session, rounds: int) -> float:
+    """Seconds that healing `rounds` rounds will take, from timed forward passes (backward counts twice)."""
+    probe = copy.deepcopy(session.dense)
+    begun = time.perf_counter()
+    steps = 0
+    for batch in session.calibration:
+        session.evaluate(probe, [batch])
+        steps += 1
+        if steps == 3:
+            break
+    per_step = 3 * (time.perf_counter() - begun) / max(steps, 1)
+    return per_step * len(session.train) * session.heal.epochs * rounds  # type: ignore[arg-type]

@@ -1,0 +1,140 @@
+"""What one `shrink` knows from beginning to end: dense network, data, method, settings and run folder."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from torch import fx, nn
+
+from palmette.errors import DataError, InputError
+from palmette.graph import Candidate, Edit, Site, candidates, drop, find_sites, linearize
+from palmette.graph.inputs import Example, split_batch, with_batch
+from palmette.meter.table import CostTable
+from palmette.registry import Bounds, Method, MethodConfig
+from palmette.run import Run
+from palmette.seeding import derive_seed, preserved, seed_globals, seed_loader
+from palmette.train.evaluate import Evaluation, evaluate
+from palmette.train.loop import HealConfig
+
+Pad = Literal["repad", "exact", "bias_map"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(MethodConfig):
+    """How far and how a network is shrunk. `max_drop` is in percentage points of validation accuracy."""
+
+    max_drop: Annotated[float, Bounds(low=0, high=100)] = 0.5
+    target_latency: str | None = None
+    rounds: Annotated[int | None, Bounds(low=0)] = None
+    step: Annotated[int, Bounds(low=1)] = 1
+    patience: Annotated[int, Bounds(low=1)] = 2
+    pad: Pad = "repad"
+    calibration_batches: Annotated[int | None, Bounds(low=1)] = 32
+    controls: bool = True
+    reproduce: bool = False
+    seed: Annotated[int, Bounds(low=0)] = 0
+
+
+class Calibration:
+    """The first batches of a loader, the same ones each time: it is seeded anew for every pass."""
+
+    def __init__(self, loader: Iterable[Any], limit: int | None, seed: int) -> None:
+        self.loader, self.limit, self.seed = loader, limit, seed
+
+    def __iter__(self) -> Iterator[Any]:
+        with preserved(self.loader):
+            seed = derive_seed(self.seed, "calibration")
+            seed_globals(seed)
+            seed_loader(self.loader, seed)
+            yield from itertools.islice(iter(self.loader), self.limit)
+
+    def __len__(self) -> int:
+        size = len(self.loader)  # type: ignore[arg-type]
+        return size if self.limit is None else min(size, self.limit)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """The fixed surroundings of a run; `dense` is the captured network, never changed."""
+
+    model: nn.Module
+    dense: fx.GraphModule
+    example: Example
+    train: Iterable[Any]
+    val: Iterable[Any]
+    test: Iterable[Any] | None
+    calibration: Calibration
+    method: Method
+    config: MethodConfig
+    settings: Settings
+    heal: HealConfig
+    table: CostTable
+    run: Run
+    protect: tuple[str, ...] = ()
+    loss_fn: Callable[..., Any] | None = None
+    metric: Callable[..., Any] | None = None
+
+    @property
+    def single(self) -> Example:
+        """The example inputs at batch 1, for costs and latencies."""
+        return with_batch(self.example, 1)
+
+    def pool(self, network: fx.GraphModule) -> list[Candidate]:
+        """What may be removed next: the candidates predicted to pay; under `reproduce` every activation left."""
+        kind = self.method.kind(self.config)
+        if self.settings.reproduce:
+            return [_alone(site) for site in find_sites(network, self.example) if self._open(site, kind)]
+        found = candidates(
+            network, self.example, kind=kind, cost=self.table, pad=self.settings.pad, protect=self.protect
+        )
+        return [candidate for candidate in found if candidate.pays]
+
+    def _open(self, site: Site, kind: str) -> bool:
+        return site.kind == kind and site.path not in self.protect
+
+    def edits(self, candidate: Candidate) -> list[Edit]:
+        """The method's edit for every site of a candidate: drop for blocks, linearize for activations."""
+        fit = "identity" if self.settings.reproduce else getattr(self.config, "fit", "affine")
+        return [drop(site) if site.kind == "block" else linearize(site, fit=fit) for site in candidate.sites]
+
+    def evaluate(self, network: nn.Module, loader: Iterable[Any]) -> Evaluation:
+        """Accuracy of a network on a loader, in eval mode."""
+        return evaluate(network, loader, loss_fn=self.loss_fn, metric=self.metric)
+
+
+def _alone(site: Site) -> Candidate:
+    return Candidate(
+        name=site.path,
+        sites=(site,),
+        macs_saved=site.macs_saved,
+        ms_saved=site.ms_saved,
+        pays=False,
+        reason=site.reason,
+    )
+
+
+def first_inputs(loader: Iterable[Any], what: str) -> Any:
+    """Inputs of the first batch of a loader; raises DataError when it is empty or yields something else."""
+    for batch in loader:
+        inputs, _ = split_batch(batch)
+        return inputs
+    raise DataError(f"the {what} loader is empty", fix="Give a loader that yields at least one batch")
+
+
+def example_from(loader: Iterable[Any]) -> Example:
+    """Example inputs of batch 2, from the first batch of a loader."""
+    return with_batch(first_inputs(loader, "validation"), 2)
+
+
+def check_protected(protect: Iterable[str], network: fx.GraphModule, example: Example) -> tuple[str, ...]:
+    """The protected paths; raises InputError for one that names no site."""
+    names = tuple(protect)
+    if names:
+        known = {site.path for site in find_sites(network, example)}
+        for name in names:
+            if name not in known:
+                raise InputError(f"there is no site {name!r} to protect", fix="`palmette sites` lists them")
+    return names

@@ -1,0 +1,285 @@
+"""`shrink`: a smaller, faster network that is proven to compute what its plan says, with its cost and its controls.
+
+Capture, score, edit, heal, look at validation data, repeat; then collapse, verify, measure, export, report. Every
+step is journaled in the run folder, and everything later depends on the journal only, so that a killed run continues
+to the same weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import fx, nn
+
+from palmette.depth.accounts import has_onnx
+from palmette.depth.outcome import finish, ranking_rows
+from palmette.depth.rounds import expected_seconds, rank, search, summary, target_ms
+from palmette.depth.session import Calibration, Session, Settings, check_protected, example_from, first_inputs
+from palmette.errors import InputError, PalmetteError
+from palmette.files import read_json
+from palmette.graph import CollapseRecord, Plan, Verification, capture, find_sites
+from palmette.graph.inputs import Example, batch_size, with_batch
+from palmette.meter.table import CostTable
+from palmette.registry import Method, MethodConfig, get_method
+from palmette.run import Run
+from palmette.train.loop import HealConfig
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShrinkResult:
+    """What `shrink` returns.
+
+    model: plain network in eval mode. cost, dense_cost, rows: the accounting table (rows[0] is dense, rows[1]
+    shrunk). ranking: the first round's scores. expected_seconds: filled by a dry run, which trains nothing and
+    returns the dense network.
+    """
+
+    model: nn.Module
+    plan: Plan
+    cost: dict[str, Any]
+    dense_cost: dict[str, Any]
+    record: CollapseRecord | None
+    verification: Verification | None
+    rows: list[dict[str, Any]]
+    ranking: list[dict[str, Any]]
+    run_dir: Path | None
+    report: Path | None
+    message: str
+    split: str = "val"
+    exports: dict[str, Any] = field(default_factory=dict)
+    expected_seconds: float | None = None
+
+
+def shrink(
+    model: nn.Module,
+    train_loader: Iterable[Any],
+    val_loader: Iterable[Any],
+    test_loader: Iterable[Any] | None = None,
+    *,
+    example_inputs: Example | None = None,
+    method: str | Method = "easier",
+    config: MethodConfig | None = None,
+    max_drop: float = 0.5,
+    target_latency: str | None = None,
+    loss_fn: Callable[..., Any] | None = None,
+    metric: Callable[..., Any] | None = None,
+    protect: Sequence[str] = (),
+    run_dir: str | Path | None = None,
+    resume: bool = False,
+    heal: HealConfig | None = None,
+    rounds: int | None = None,
+    step: int = 1,
+    patience: int = 2,
+    pad: str | None = None,
+    cost: str | CostTable | None = None,
+    calibration_loader: Iterable[Any] | None = None,
+    calibration_batches: int | None = 32,
+    controls: bool = True,
+    seed: int = 0,
+    dry_run: bool = False,
+    reproduce: bool = False,
+    names: dict[str, str] | None = None,
+    say: Say | None = None,
+) -> ShrinkResult:
+    """Make a trained network physically smaller while it loses at most `max_drop` points of validation accuracy.
+
+    model is not changed. Loaders yield (inputs, target); test data is looked at once, at the end. target_latency:
+    "3.2ms" or "0.5x". heal: the training after each removal. cost: "onnxruntime", "eager", "macs" or a CostTable.
+    names: what figures.json calls command, model and data. Raises a PalmetteError for input that cannot be used
+    (nothing is written then) and VerifyError when the result does not compute what its plan says.
+    """
+    settings = Settings(
+        max_drop=max_drop,
+        target_latency=target_latency,
+        rounds=rounds,
+        step=step,
+        patience=patience,
+        controls=controls,
+        pad=pad or ("exact" if reproduce else "repad"),  # type: ignore[arg-type]
+        calibration_batches=calibration_batches,
+        reproduce=reproduce,
+        seed=seed,
+    )
+    chosen, options = check_request(
+        method, config=config, reproduce=reproduce, max_drop=max_drop, target_latency=target_latency
+    )
+    first_inputs(train_loader, "training")
+    example, dense = _captured(model, val_loader, example_inputs)
+    _check_sites(dense, example, chosen.kind(options))
+    keep = None if run_dir is None or dry_run else Path(run_dir)
+    described = {**asdict(settings), "method": chosen.name, "options": asdict(options), "protect": list(protect)}
+    with _folder(keep) as folder:
+        run = Run(
+            folder,
+            resume=resume,
+            command=(names or {}).get("command", "palmette.shrink"),
+            seed=seed,
+            config={**described, "heal": asdict(heal or HealConfig())},
+        )
+        session = Session(
+            model=model,
+            dense=dense,
+            example=example,
+            train=train_loader,
+            val=val_loader,
+            test=test_loader,
+            calibration=Calibration(calibration_loader or train_loader, calibration_batches, seed),
+            method=chosen,
+            config=options,
+            settings=settings,
+            heal=heal or HealConfig(),
+            table=_table(cost, run),
+            run=run,
+            protect=check_protected(protect, dense, example),
+            loss_fn=loss_fn,
+            metric=metric,
+        )
+        speak = say or _silent
+        return _preview(session) if dry_run else _run(session, names or {}, keep, speak)
+
+
+def check_request(
+    method: str | Method,
+    *,
+    config: MethodConfig | None = None,
+    reproduce: bool = False,
+    max_drop: float = 0.5,
+    target_latency: str | None = None,
+) -> tuple[Method, MethodConfig]:
+    """What can be refused before anything is loaded: method, its config, bound and target; returns method and config.
+
+    Raises UnknownMethod or InputError.
+    """
+    chosen = get_method(method)
+    Settings(max_drop=max_drop)
+    target_ms(target_latency, 1.0)
+    return chosen, _config(chosen, config, reproduce)
+
+
+def _silent(_: str) -> None:
+    return None
+
+
+def _config(method: Method, config: MethodConfig | None, reproduce: bool) -> MethodConfig:
+    """The method's config; raises InputError for another method's, or for `reproduce` where there is no paper form."""
+    made = method.make_config() if config is None else config
+    if not isinstance(made, method.config):
+        raise InputError(f"method {method.name!r} wants a {method.config.__name__}, not a {type(made).__name__}")
+    if not reproduce:
+        return made
+    if "reproduce" not in {field.name for field in dataclasses.fields(made)}:
+        raise InputError(f"method {method.name!r} has no paper form to reproduce", fix="Leave reproduce out")
+    return dataclasses.replace(made, reproduce=True)  # type: ignore[call-arg]
+
+
+def _captured(model: nn.Module, val: Iterable[Any], example: Example | None) -> tuple[Example, fx.GraphModule]:
+    """Example inputs of batch 2 and the captured network in eval mode."""
+    inputs = example_from(val) if example is None else with_batch(example, max(2, batch_size(example)))
+    return inputs, capture(model, inputs).eval()
+
+
+def _check_sites(dense: fx.GraphModule, example: Example, kind: str) -> None:
+    if not any(site.kind == kind for site in find_sites(dense, example)):
+        raise InputError(f"the network has no {kind} to remove", fix="`palmette sites` lists what it has")
+
+
+def _table(cost: str | CostTable | None, run: Run) -> CostTable:
+    """The cost table: the caller's own, or one journaled in the run folder."""
+    if isinstance(cost, CostTable):
+        return cost
+    return CostTable(cost or ("onnxruntime" if has_onnx() else "eager"), run.path("cost_table.json"))
+
+
+@contextmanager
+def _folder(run_dir: Path | None) -> Iterator[Path]:
+    """The run folder, or a temporary one; one made by this call goes again when it fails before its first result."""
+    if run_dir is None:
+        with tempfile.TemporaryDirectory(prefix="palmette-") as name:
+            yield Path(name) / "run"
+        return
+    missing = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
+    try:
+        yield run_dir
+    except PalmetteError:
+        if run_dir in missing and not any(run_dir.glob("*-000.safetensors")):
+            shutil.rmtree(run_dir, ignore_errors=True)
+            for folder in missing[1:]:
+                with suppress(OSError):
+                    folder.rmdir()
+        raise
+
+
+def _preview(session: Session) -> ShrinkResult:
+    """The dry run: the ranking of the first round with predicted gains, and how long healing would take."""
+    session.evaluate(session.dense, itertools.islice(iter(session.val), 1))
+    pool = session.pool(session.dense)
+    scores = rank(session)(session.dense, pool) if pool else {}
+    ranking = [
+        {"name": c.name, "score": scores[c.name], "macs_saved": c.macs_saved, "ms_saved": c.ms_saved}
+        for c in sorted(pool, key=lambda c: (scores[c.name], -c.macs_saved, c.name))
+    ]
+    rounds = -(-len(pool) // session.settings.step)
+    if session.settings.rounds is not None:
+        rounds = min(rounds, session.settings.rounds)
+    seconds = expected_seconds(session, rounds)
+    message = (
+        f"{len(pool)} candidates pay; healing {rounds} rounds takes about {seconds:.0f} s, each control as long again"
+    )
+    return ShrinkResult(
+        model=session.dense,
+        plan=Plan([]),
+        cost={},
+        dense_cost={},
+        record=None,
+        verification=None,
+        rows=[],
+        ranking=ranking,
+        run_dir=None,
+        report=None,
+        message=message if pool else f"Nothing pays on {session.table.runtime}.",
+        expected_seconds=seconds,
+    )
+
+
+def _run(session: Session, names: dict[str, str], keep: Path | None, say: Say) -> ShrinkResult:
+    """Baseline, rounds, outcome."""
+    settings = session.settings
+    say("evaluating the dense network")
+    baseline = session.run.once("baseline", lambda: summary(session.evaluate(session.dense, session.val)))
+    found = search(session, baseline, say)
+    figures = {
+        "schema": 1,
+        "command": names.get("command", "palmette.shrink"),
+        "method": session.method.name,
+        "seed": settings.seed,
+        "environment": read_json(session.run.path("environment.json")),
+        "model": names.get("model", type(session.model).__name__),
+        "data": names.get("data", "given loaders"),
+        "max_drop": settings.max_drop,
+    }
+    outcome = finish(session, found, figures, say)
+    return ShrinkResult(
+        model=outcome.network,
+        plan=outcome.plan,
+        cost=outcome.rows[1],
+        dense_cost=outcome.rows[0],
+        record=outcome.record,
+        verification=outcome.verification,
+        rows=outcome.rows,
+        ranking=ranking_rows(session, found),
+        run_dir=keep,
+        report=outcome.report if keep is not None else None,
+        message=outcome.message,
+        split="val" if session.test is None else "test",
+        exports=outcome.exports,
+    )
