@@ -1,6 +1,6 @@
 """The coverage table: which networks palmette captures, edits and collapses, and how exactly.
 
-    python benchmarks/coverage.py                       # every family, each in its own process; goes on where it was stopped
+    python benchmarks/coverage.py                       # every family; goes on where it was stopped
     python benchmarks/coverage.py --only timm:convnext_atto --fresh
     python benchmarks/coverage.py --markdown docs/coverage-table.md
 
@@ -38,15 +38,15 @@ PADS = ("repad", "bias_map", "exact")
 PLANS = 3
 
 
-# ---- the checks of one family -------------------------------------------------------------------------------------------------
+# the checks of one family
 
 
 def check_family(family: Family) -> dict[str, Any]:
     """Runs every check of one family; returns a JSON-able row with `passed` and, per failed check, its reason."""
     start = time.monotonic()
     row: dict[str, Any] = {"family": family.key, "input": family.size, "failures": []}
-    # In eval mode without gradients torch runs nn.MultiheadAttention through a fused kernel that rounds differently (3e-6) and
-    # cannot train; every family is compared with the one that trains.
+    # In eval mode without gradients torch runs nn.MultiheadAttention through a fused kernel that cannot train and
+    # rounds differently (3e-6): every family is compared with the one that trains.
     torch.backends.mha.set_fastpath_enabled(False)
     model = build(family)
     example = inputs(family, 2, 0)
@@ -66,10 +66,10 @@ def check_family(family: Family) -> dict[str, Any]:
 
 
 def _check(row: dict[str, Any], name: str, run: Callable[[], str]) -> None:
-    """Runs one check; an empty answer is a pass, anything else (or any exception) is recorded as the reason of failure."""
+    """Runs one check: an empty answer is a pass, anything else, or any exception, a failure with its reason."""
     try:
         reason = run()
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - a fault of one family is a row of the table
         where = traceback.extract_tb(error.__traceback__)[-1]
         reason = f"{type(error).__name__}: {error} [{Path(where.filename).name}:{where.lineno}]"
     if reason:
@@ -88,7 +88,7 @@ def check_equal(family: Family, model: nn.Module, captured: nn.Module) -> str:
 
 
 def check_train(family: Family, model: nn.Module, captured: nn.Module) -> str:
-    """Random layers draw in train mode where the original's do, and batch norm holds the same statistics after one step."""
+    """Random layers draw in training where the original's do; batch norm holds the same statistics after one step."""
     ours, theirs = copy.deepcopy(captured).train(), copy.deepcopy(model).train()
     x = inputs(family, 4, 7)
     if _draws(theirs, x) != _draws(ours, x):
@@ -129,8 +129,8 @@ def check_sites(row: dict[str, Any], captured: nn.Module, example: Any) -> str:
 
 def check_plan(row: dict[str, Any], family: Family, model: nn.Module, example: Any, seed: int) -> str:
     """A random legal plan: the collapsed network equals the edited one in float64 and float32, and trains one step."""
-    plan, edited = draw_plan(family, model, example, random.Random(f"{family.key} {seed}"))
-    done: dict[str, Any] = {"seed": seed, "edits": len(plan), "pad": plan.pad}
+    plan, pad, edited = draw_plan(family, model, example, random.Random(f"{family.key} {seed}"))
+    done: dict[str, Any] = {"seed": seed, "edits": len(plan), "pad": pad}
     row.setdefault("plans", []).append(done)
     small, record = graph.collapse(edited, cost="macs", force=True)
     done["merged"] = sum(m.done for m in record.merges)
@@ -140,7 +140,7 @@ def check_plan(row: dict[str, Any], family: Family, model: nn.Module, example: A
     twin = to_double(edited)
     done["float64"] = worst_error(family, twin, graph.collapse(twin, cost="macs", force=True)[0], torch.float64)
     if done["float64"] > FLOAT64_BOUND or done["float32"] > FLOAT32_BOUND:
-        return f"errors float64 {done['float64']:.1e}, float32 {done['float32']:.1e} ({plan.pad}, {len(plan)} edits)"
+        return f"errors float64 {done['float64']:.1e}, float32 {done['float32']:.1e} ({pad}, {len(plan)} edits)"
     before = [p.detach().clone() for p in small.parameters()]
     step(small.train(), inputs(family, 4, 7))
     moved = any(not torch.equal(a, b) for a, b in zip(before, small.parameters(), strict=True))
@@ -159,16 +159,16 @@ def check_merges(row: dict[str, Any]) -> str:
     return "" if possible or row.get("reasons") else "nothing is removable and no reason is given"
 
 
-# ---- random legal plans -------------------------------------------------------------------------------------------------------
+# random legal plans
 
 
-def draw_plan(family: Family, model: nn.Module, example: Any, rng: random.Random) -> tuple[graph.Plan, nn.Module]:
-    """A random subset of the removable sites with random fits and padding policy, fitted on noise, and the edited network.
+def draw_plan(family: Family, model: nn.Module, example: Any, rng: random.Random) -> tuple[graph.Plan, str, nn.Module]:
+    """A random subset of the removable sites with random fits, the padding policy, and the network edited by it.
 
-    Blocks overlap each other and the activations in them, so that a plan may be refused: blocks are then given up, one by one.
+    Blocks may hold each other and activations of the plan, so that it is refused: blocks are then given up, one by one.
     """
-    sites = [s for s in graph.find_sites(model, example) if s.removable]
     pad = rng.choice(PADS)
+    sites = [s for s in graph.find_sites(model, example, pad=pad) if s.removable]
     chosen = {p for s in sites if s.kind == "activation" and rng.random() < 0.6 for p in s.partners or (s.path,)}
     edits = [graph.linearize(path, fit=rng.choice(FITS)) for path in sorted(chosen)]
     blocks = [s for s in sites if s.kind == "block"]
@@ -178,14 +178,14 @@ def draw_plan(family: Family, model: nn.Module, example: Any, rng: random.Random
         plan = graph.Plan([*edits, *drops])
         try:
             fitted = plan.fit(model, loader, example)
-            return fitted, fitted.apply(model, example, pad=pad)
+            return fitted, pad, fitted.apply(model, example, pad=pad)
         except PalmetteError:
             if not drops:
                 raise
             drops.pop()
 
 
-# ---- small tools --------------------------------------------------------------------------------------------------------------
+# small tools
 
 
 def step(network: nn.Module, x: Any) -> None:
@@ -227,7 +227,7 @@ def _cast(x: Any, dtype: torch.dtype) -> Any:
     return x.to(dtype) if x.is_floating_point() else x
 
 
-# ---- one process per family, results in one file ------------------------------------------------------------------------------
+# one process per family, results in one file
 
 
 def run_isolated(key: str, *, seconds: float, gibibytes: float) -> dict[str, Any]:

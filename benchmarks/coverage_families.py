@@ -20,7 +20,7 @@ NO_PATHS = {"drop_rate": 0.1}
 
 @dataclass(frozen=True)
 class Family:
-    """One network: where it comes from, its name there, the square input (pixels) or sequence length, builder arguments."""
+    """One network: its source, its name there, the side of the input in pixels (or tokens), builder arguments."""
 
     source: str
     name: str
@@ -64,7 +64,36 @@ def _torchvision() -> list[Family]:
 
 
 def _timm() -> list[Family]:
-    at_64 = ["convnext_atto", "convnextv2_atto", "cspresnet50", "eca_resnet33ts", "edgenext_xx_small", "ese_vovnet19b_dw", "fastvit_t8", "hgnetv2_b0", "lcnet_050", "mnasnet_small", "mobilenetv3_small_050", "mobilenetv4_conv_small", "mobileone_s0", "mobilevit_xxs", "mobilevitv2_050", "nf_regnet_b0", "poolformer_s12", "pvt_v2_b0", "regnetx_002", "repvgg_a0", "resnest14d", "resnet10t", "rexnet_100", "skresnet18", "starnet_s1", "tf_efficientnet_lite0", "tinynet_e", "xcit_nano_12_p16_224"]
+    at_64 = [
+        "convnext_atto",
+        "convnextv2_atto",
+        "cspresnet50",
+        "eca_resnet33ts",
+        "edgenext_xx_small",
+        "ese_vovnet19b_dw",
+        "fastvit_t8",
+        "hgnetv2_b0",
+        "lcnet_050",
+        "mnasnet_small",
+        "mobilenetv3_small_050",
+        "mobilenetv4_conv_small",
+        "mobileone_s0",
+        "mobilevit_xxs",
+        "mobilevitv2_050",
+        "nf_regnet_b0",
+        "poolformer_s12",
+        "pvt_v2_b0",
+        "regnetx_002",
+        "repvgg_a0",
+        "resnest14d",
+        "resnet10t",
+        "rexnet_100",
+        "skresnet18",
+        "starnet_s1",
+        "tf_efficientnet_lite0",
+        "tinynet_e",
+        "xcit_nano_12_p16_224",
+    ]
     without_paths = ["densenet121", "dla46_c", "efficientvit_b0", "ghostnet_050", "hrnet_w18_small", "repvit_m0_9"]
     resized = {"vit_tiny_patch16_224": 64, "mixer_s32_224": 64, "resmlp_12_224": 64, "swin_tiny_patch4_window7_224": 56}
     return [
@@ -102,7 +131,7 @@ def families() -> list[Family]:
 
 
 def build(family: Family) -> nn.Module:
-    """The network of a family with random weights, seeded, constants redrawn and batch norm calibrated; in eval mode."""
+    """The network of a family in eval mode: random weights, seeded, constants redrawn, batch norm calibrated."""
     torch.manual_seed(0)
     builders: dict[str, Callable[[Family], nn.Module]] = {
         "torchvision": _build_torchvision,

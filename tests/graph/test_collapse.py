@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from palmette.errors import RefusedEdit
+from palmette.errors import PlanError, RefusedEdit
 from palmette.graph import Plan, Site, collapse, drop, find_sites, linearize, verify
 
 BOUND = 1e-10
@@ -77,7 +77,7 @@ def _inverted_net(*, skip: bool, stride: int = 1) -> nn.Module:
 def test_inverted_residual_becomes_one_convolution(skip: bool, stride: int, pad: str) -> None:
     net, x = _inverted_net(skip=skip, stride=stride), torch.randn(2, 3, 11, 11, dtype=torch.float64)
     inner = [s for s in _activations(net, x, pad) if s.op in ("relu6", "hardtanh")]
-    assert len(inner) == 2 and all(s.removable for s in inner), [s.reason for s in inner]
+    assert [s.removable for s in inner] == [True, True], [s.reason for s in inner]
     assert set(inner[0].partners) == {s.path for s in inner} == set(inner[1].partners)
     edited = _edit(net, x, [linearize(s, fit="affine") for s in inner], pad)
     small, record = collapse(edited, cost="macs", force=True)
@@ -169,7 +169,9 @@ def test_merges_that_cost_more_are_refused_unless_forced() -> None:
     edited = _edit(net, x, [linearize(site)])
     small, record = collapse(edited, cost="macs")
     (merge,) = record.merges
-    assert not merge.done and merge.reason and merge.macs_after > merge.macs_before
+    assert not merge.done
+    assert merge.reason
+    assert merge.macs_after > merge.macs_before
     assert len(_of(small, nn.Conv2d)) == 2
     assert len(_of(collapse(edited, cost="macs", force=True)[0], nn.Conv2d)) == 1
     with torch.no_grad():
@@ -196,7 +198,8 @@ def test_layer_norm_s_affine_goes_into_the_linear() -> None:
     small, record = collapse(edited, cost="macs", force=True)
     assert any(m.done for m in record.merges)
     (norm,) = _of(small, nn.LayerNorm)
-    assert norm.weight is None and norm.bias is None
+    assert norm.weight is None
+    assert norm.bias is None
     assert sorted(tuple(m.weight.shape) for m in _of(small, nn.Linear)) == [(3, 6), (6, 6)]
     with torch.no_grad():
         assert _error(edited(x), small(x)) <= BOUND
@@ -236,7 +239,8 @@ def test_dropped_block_is_gone() -> None:
     net, x = _lively(Residual()), torch.randn(2, 3, 12, 12, dtype=torch.float64)
     blocks = [s for s in find_sites(net, x) if s.kind == "block"]
     last = next(s for s in blocks if s.path == "three" or s.path.startswith("three"))
-    assert last.removable and last.macs_saved == 2 * 8 * 8 * 9 * 36
+    assert last.removable
+    assert last.macs_saved == 2 * 8 * 8 * 9 * 36
     edited = _edit(net, x, [drop(last)])
     small, _ = collapse(edited, cost="macs")
     assert not [n for n, _ in small.named_parameters() if n.startswith("three.")]
@@ -262,7 +266,8 @@ def test_outer_activation_of_a_residual_block_has_nothing_to_merge() -> None:
     sites = _activations(net, x)
     outer = [s for s in sites if s.path.startswith(("one", "three")) and not s.removable]
     inner = [s for s in sites if s.path.startswith(("one", "three")) and s.removable]
-    assert len(outer) == 2 and len(inner) == 2
+    assert len(outer) == 2
+    assert len(inner) == 2
     assert all(s.reason for s in outer)
     with pytest.raises(RefusedEdit, match="one"):
         _edit(net, x, [linearize(outer[0].path)])
@@ -276,9 +281,10 @@ def test_tied_weights_are_refused(twice: bool) -> None:
     net = nn.Sequential(first, nn.ReLU(), first if twice else second, nn.ReLU(), nn.Linear(4, 2)).double().eval()
     x = torch.randn(3, 4, dtype=torch.float64)
     sites = _activations(net, x)
-    assert len(sites) == 2 and not sites[0].removable
+    assert len(sites) == 2
+    assert not sites[0].removable
     assert "tied" in sites[0].reason or "several times" in sites[0].reason
-    with pytest.raises(RefusedEdit, match="tied|several times"):
+    with pytest.raises(RefusedEdit, match=r"tied|several times"):
         _edit(net, x, [linearize(sites[0].path)])
 
 
@@ -288,12 +294,14 @@ def test_a_mask_that_cuts_the_network_is_refused() -> None:
     nn.init.constant_(net[0].bias, -100.0)
     x = torch.randn(16, 4, dtype=torch.float64)
     (site,) = _activations(net, x)
-    with pytest.raises(RefusedEdit, match="cut|disconnect|constant"):
+    with pytest.raises(RefusedEdit, match=r"cut|disconnect|constant"):
         _edit(net, x, [linearize(site, fit="mask")])
 
 
 def test_transposed_convolutions_are_named() -> None:
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.ConvTranspose2d(4, 2, 2), nn.ReLU(), nn.Conv2d(2, 2, 1)).eval()
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.ConvTranspose2d(4, 2, 2), nn.ReLU(), nn.Conv2d(2, 2, 1)
+    ).eval()
     sites = _activations(net, torch.randn(2, 3, 8, 8))
     assert len(sites) == 2
     for site in sites:
@@ -310,9 +318,9 @@ def test_padding_modes_are_named(mode: str) -> None:
 
 def test_unknown_places_are_refused_by_name() -> None:
     net, x = _on_off(4, 6)
-    with pytest.raises(RefusedEdit, match="no.such.place"):
+    with pytest.raises(PlanError, match=r"no\.such\.place"):
         _edit(net, x, [linearize("no.such.place")])
-    with pytest.raises(RefusedEdit, match="no.such.block"):
+    with pytest.raises(PlanError, match=r"no\.such\.block"):
         _edit(net, x, [drop("no.such.block")])
 
 
@@ -334,7 +342,8 @@ def test_writes_through_a_view_are_seen() -> None:
     torch.manual_seed(0)
     net, x = Aliased().double().eval(), torch.randn(5, 4, dtype=torch.float64)
     (site,) = _activations(net, x)
-    assert not site.removable and site.reason
+    assert not site.removable
+    assert site.reason
 
 
 def test_verify_reports_both_precisions_and_two_resolutions() -> None:
@@ -349,7 +358,8 @@ def test_verify_reports_both_precisions_and_two_resolutions() -> None:
     assert proof.max_relative_error <= 1e-4
     assert proof.top1_agreement == 1.0
     assert len(proof.resolutions) >= 2
-    assert record.to_dict() and proof.to_dict()
+    assert record.to_dict()
+    assert proof.to_dict()
     spoilt = collapse(edited, cost="macs", force=True)[0]
     with torch.no_grad():
         next(spoilt.parameters()).add_(0.1)

@@ -17,7 +17,8 @@ def _load(name: str) -> ModuleType:
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name.removeprefix('table_')}.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
@@ -41,10 +42,9 @@ def test_the_table_is_as_wide_as_promised() -> None:
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("key", KEYS)
 def test_family(key: str) -> None:
-    package = {"hf": "transformers"}.get(key.split(":")[0], key.split(":")[0])
+    package = {"hf": "transformers"}.get(key.split(":", maxsplit=1)[0], key.split(":", maxsplit=1)[0])
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
     row = coverage.run_isolated(key, seconds=900, gibibytes=16)
-    print(coverage.format_table([row]))
     assert row["passed"], row["failures"]
     assert row["merges"] > 0 or row["reasons"]

@@ -1,6 +1,7 @@
-"""The cases on which a published merging library is wrong or gives up (spec depth 8.7): ours are exact, or refused with a reason.
+"""The cases on which a published merging library is wrong or gives up: ours are exact, or refused with a reason.
 
-LayerFold crops the composed kernel, counts biases once per tap, ignores the second stride, and finds sites by names and positions.
+LayerFold crops the composed kernel, counts biases once per tap, ignores the second stride, and finds sites by names and
+positions (spec depth 8.7).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ BOUND = 1e-10
 
 
 def _merge(net: nn.Module, x: Tensor, pad: str, *, only: str = "") -> tuple[nn.Module, nn.Module, Any]:
-    """Linearise every removable activation (by identity): the edited network, the collapsed one, the record; in float64."""
+    """Every removable activation made the identity: the edited network, the collapsed one, the record; in float64."""
     net, x = net.double().eval(), x.double()
     sites = [s for s in find_sites(net, x, pad=pad) if s.kind == "activation" and s.removable and only in s.path]
     assert sites, [s.reason for s in find_sites(net, x, pad=pad)]
@@ -52,14 +53,16 @@ def test_conv_conv_has_the_full_kernel_and_one_bias(bias: bool) -> None:
         assert _error(edited(x.double()), got) <= BOUND
         assert _error(want[:, :, 1:-1, 1:-1], got[:, :, 1:-1, 1:-1]) <= BOUND  # the interior is the original's
         border = (want - got).abs().amax((0, 1)) > BOUND
-        assert bool(border[0].all()) and not bool(border[1:-1, 1:-1].any())  # only the outer ring was changed, before healing
+        assert bool(border[0].all())
+        assert not bool(border[1:-1, 1:-1].any())
 
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_conv_conv_is_refused_where_nothing_may_change(bias: bool) -> None:
     net = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1, bias=bias), nn.ReLU(), nn.Conv2d(5, 4, 3, padding=1, bias=bias))
     (site,) = [s for s in find_sites(net.eval(), torch.randn(2, 3, 16, 16), pad="exact") if s.kind == "activation"]
-    assert not site.removable and site.reason
+    assert not site.removable
+    assert site.reason
 
 
 @pytest.mark.parametrize("pad", ["exact", "repad", "bias_map"])
@@ -87,7 +90,9 @@ def test_stride_with_padding_under_repad() -> None:
 
 
 @pytest.mark.parametrize(
-    "second", [nn.Conv2d(5, 4, 1), nn.Conv2d(5, 4, (1, 3), padding=0), nn.Conv2d(5, 4, (1, 5), padding=(0, 2))], ids=["1x1", "1x3", "1x5p2"]
+    "second",
+    [nn.Conv2d(5, 4, 1), nn.Conv2d(5, 4, (1, 3), padding=0), nn.Conv2d(5, 4, (1, 5), padding=(0, 2))],
+    ids=["1x1", "1x3", "1x5p2"],
 )
 def test_unequal_padding_keeps_the_shape(second: nn.Conv2d) -> None:
     torch.manual_seed(0)
@@ -120,7 +125,11 @@ class SwinMLP(nn.Sequential):
 
     def __init__(self, width: int) -> None:
         super().__init__(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Dropout(0.1, inplace=True), nn.Linear(4 * width, width), nn.Dropout(0.1)
+            nn.Linear(width, 4 * width),
+            nn.GELU(),
+            nn.Dropout(0.1, inplace=True),
+            nn.Linear(4 * width, width),
+            nn.Dropout(0.1),
         )
 
 
@@ -193,7 +202,8 @@ def test_residual_net_with_one_shared_relu() -> None:
     net = _lively(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), Basic(4), Basic(4), nn.Conv2d(4, 2, 1)))
     x = torch.randn(2, 3, 9, 9)
     sites = [s for s in find_sites(net, x) if s.kind == "activation"]
-    assert len(sites) == 4 and len({s.path for s in sites}) == 4
+    assert len(sites) == 4
+    assert len({s.path for s in sites}) == 4
     edited, small, record = _merge(net, x, "repad")
     assert any(m.done for m in record.merges)
     assert _count(small, nn.Conv2d) < _count(net, nn.Conv2d)
@@ -204,7 +214,14 @@ def test_residual_net_with_one_shared_relu() -> None:
 def test_unrelated_identity_is_left_alone() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.Identity(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 2)
+        nn.Conv2d(3, 4, 3),
+        nn.Identity(),
+        nn.Conv2d(4, 4, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(64, 16),
+        nn.ReLU(),
+        nn.Linear(16, 2),
     )
     x = torch.randn(2, 3, 8, 8)
     (path,) = [s.path for s in find_sites(net.eval(), x) if s.kind == "activation" and s.removable]
@@ -230,6 +247,7 @@ def test_conv_bn_with_groups_and_dilation(groups: int, dilation: int) -> None:
     )
     x = torch.randn(2, 4, 12, 12, dtype=torch.float64)
     _, small, _ = _merge(net, x, "exact")
-    assert _count(small, nn.Conv2d) == 1 and _count(small, nn.BatchNorm2d) == 0
+    assert _count(small, nn.Conv2d) == 1
+    assert _count(small, nn.BatchNorm2d) == 0
     with torch.no_grad():
         assert _error(net[4](net[3](net[1](net[0](x)))), small(x)) <= BOUND

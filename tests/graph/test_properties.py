@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from palmette.errors import RefusedEdit
+from palmette.errors import PlanError, RefusedEdit
 from palmette.graph import Plan, capture, collapse, drop, find_sites, linearize
 
 FLOAT64_BOUND, FLOAT32_BOUND = 1e-10, 1e-4
@@ -136,7 +136,7 @@ class Builder:
     def maybe_act(self) -> list[nn.Module]:
         return [self.act()] if self.pick(True, True, True, False) else []
 
-    # convolutions -------------------------------------------------------------------------------------------------------
+    # convolutions
 
     def norm(self) -> list[nn.Module]:
         return [nn.BatchNorm2d(self.channels)] if self.pick(True, False) else []
@@ -171,7 +171,12 @@ class Builder:
         kernel, stride, skip = 3 if self.size > 5 else 1, self.pick(1, 1, 2), self.pick(True, False)
         layers: list[nn.Module] = [nn.Conv2d(c, wide, 1, bias=False), nn.BatchNorm2d(wide)]
         self.channels = wide
-        layers += [self.act(), nn.Conv2d(wide, wide, kernel, stride, kernel // 2, groups=wide), *self.norm(), self.act()]
+        layers += [
+            self.act(),
+            nn.Conv2d(wide, wide, kernel, stride, kernel // 2, groups=wide),
+            *self.norm(),
+            self.act(),
+        ]
         self.channels, self.size = c, (self.size - 1) // stride + 1
         layers += [nn.Conv2d(wide, c, 1), *self.norm()]
         return [Residual(nn.Sequential(*layers))] if skip and stride == 1 else layers
@@ -195,7 +200,7 @@ class Builder:
             return [Gate(nn.Conv2d(self.channels, self.channels, 1))]
         return [nn.Dropout2d(0.3), nn.Identity()]
 
-    # tokens -------------------------------------------------------------------------------------------------------------
+    # tokens
 
     def linear(self, out: int | None = None) -> list[nn.Module]:
         out = out or self.pick(4, 6, 12)
@@ -259,10 +264,10 @@ def cases(draw: Any) -> Case:
     return Case(net.eval(), x, seed)
 
 
-def random_plan(case: Case, captured: nn.Module) -> tuple[Plan, nn.Module] | None:
+def random_plan(case: Case, captured: nn.Module) -> tuple[Plan, str, nn.Module] | None:
     """A random legal plan, fitted, and the network edited by it; None when nothing can be removed.
 
-    Dropped blocks may hold each other or an activation of the plan, or cut the network together: such drops are given up.
+    Dropped blocks may hold each other or an activation of the plan: such drops are given up.
     """
     rng = random.Random(case.seed)
     pad = rng.choice(["repad", "bias_map", "exact"])
@@ -276,8 +281,8 @@ def random_plan(case: Case, captured: nn.Module) -> tuple[Plan, nn.Module] | Non
     while edits or drops:
         try:
             plan = Plan([*edits, *drops]).fit(captured, loader, case.x)
-            return plan, plan.apply(captured, case.x, pad=pad).eval()
-        except RefusedEdit:
+            return plan, pad, plan.apply(captured, case.x, pad=pad).eval()
+        except (PlanError, RefusedEdit):
             if not drops:
                 raise
             drops.pop()
@@ -304,13 +309,16 @@ def check_equal(case: Case, edited: nn.Module, small: nn.Module) -> None:
             assert _relative(twin(x.double()), small_twin(x.double())) <= FLOAT64_BOUND
 
 
-def check_copies(case: Case, plan: Plan, captured: nn.Module, edited: nn.Module, small: nn.Module) -> None:
+def check_copies(
+    case: Case, planned: tuple[Plan, str], captured: nn.Module, edited: nn.Module, small: nn.Module
+) -> None:
     """Deepcopy, state_dict and the plan's JSON reproduce the network to the bit."""
     x = _batch(case, 3)
+    plan, pad = planned
     again = Plan.from_json(plan.to_json())
     assert again.to_json() == plan.to_json()
     with torch.no_grad():
-        assert torch.equal(again.apply(captured, case.x, pad=plan.pad).eval()(x), edited(x))
+        assert torch.equal(again.apply(captured, case.x, pad=pad).eval()(x), edited(x))
         for network in (edited, small):
             want = network(x)
             twin = copy.deepcopy(network)
@@ -352,20 +360,22 @@ def check(case: Case, counts: Counter[str]) -> None:
     drawn = random_plan(case, captured)
     if drawn is None:
         return
-    plan, edited = drawn
+    plan, pad, edited = drawn
     small, record = collapse(edited, cost="macs", force=True)
     counts["edited"] += 1
     counts["merged"] += any(m.done for m in record.merges)
     assert all(m.done or m.reason for m in record.merges)
     check_equal(case, edited, small)
-    check_copies(case, plan, captured, edited, small)
+    check_copies(case, (plan, pad), captured, edited, small)
     check_training(case, edited, small)
 
 
 def _run(examples: int) -> Counter[str]:
     counts: Counter[str] = Counter()
 
-    @settings(max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    )
     @given(cases())
     def run(case: Case) -> None:
         check(case, counts)
