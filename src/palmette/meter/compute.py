@@ -1,9 +1,9 @@
 """Parameters, multiply-adds and depth.
 
 Multiply-adds are counted twice, independently: `macs` runs a network under torch's operator counter (which counts 2 per
-multiply-add, and misses attention and recurrent layers on a CPU: added here), `node_macs` computes them from the shapes
-in a captured graph. A test holds one against the other. Only contractions count: convolutions, matrix products,
-attention, recurrent layers.
+multiply-add, and misses products with vectors, and attention and recurrent layers on a CPU: added here), `node_macs`
+computes them from the shapes in a captured graph. A test holds one against the other. Only contractions count:
+convolutions, matrix products, attention, recurrent layers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ _aten = torch.ops.aten
 _CONVS = {_aten.conv1d, _aten.conv2d, _aten.conv3d, _aten.convolution}
 _TRANSPOSED = {_aten.conv_transpose1d, _aten.conv_transpose2d, _aten.conv_transpose3d}
 # value: position of the first of the two factors
-_PRODUCTS = {_aten.linear: 0, _aten.matmul: 0, _aten.mm: 0, _aten.bmm: 0, _aten.mv: 0, _aten.addmm: 1, _aten.baddbmm: 1}
+_PRODUCTS = {
+    **dict.fromkeys((_aten.linear, _aten.matmul, _aten.mm, _aten.bmm, _aten.mv, _aten.dot), 0),
+    **dict.fromkeys((_aten.addmm, _aten.baddbmm, _aten.addmv), 1),
+}
 _RECURRENT = {_aten.lstm, _aten.gru, _aten.rnn_tanh, _aten.rnn_relu}
 _ATTENTION = _aten.scaled_dot_product_attention
 
@@ -68,6 +71,9 @@ def macs(model: nn.Module, example_inputs: Any, *, batch: int | None = 1) -> int
         _aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
         _aten._scaled_dot_product_fused_attention_overrideable: _attention_flops,
         _aten.mkldnn_rnn_layer: _recurrent_flops,
+        _aten.mv: lambda matrix, *_, **__: 2 * math.prod(matrix),
+        _aten.addmv: lambda _, matrix, *__, **___: 2 * math.prod(matrix),
+        _aten.dot: lambda vector, *_, **__: 2 * math.prod(vector),
     }
     try:
         with evaluating(model), FlopCounterMode(display=False, custom_mapping=fused) as counter:

@@ -74,7 +74,7 @@ def measure_latency(
     fast: for ONNX Runtime, prefer the quicker exporter. Raises InputError for an unknown runtime or counts below 1,
     MissingDependency without the runtime's packages, ExportError when a model does not export.
     """
-    if not models or min(runs, warmup, threads or 1, batch or 1) < 1:
+    if not models or any(n is not None and n < 1 for n in (runs, warmup, threads, batch)):
         raise InputError("Nothing can be timed with no model, or with runs, warmup, threads or batch below 1")
     inputs = example_inputs if batch is None else with_batch(example_inputs, batch)
     device = _device(models)

@@ -4,8 +4,8 @@ The graph runs once on fake tensors, which have shapes, strides and storages but
 and reshapes that must copy are what the operators make them, not what a list of names says. A storage is born in the
 step that first returns it and dies after the last step that uses any view of it. What a step allocates beside its
 results (the copies inside a matrix product, the statistics of a norm) counts while it runs. Nothing is assumed to be
-computed in place. Not counted: parameters and buffers (see `param_bytes`), and scratch space inside one kernel, which
-torch does not report.
+computed in place. Not counted: parameters and buffers (see `param_bytes`), scratch space inside one kernel (torch does
+not report it), and Python variables of the original code that outlive their last use.
 """
 
 from __future__ import annotations
