@@ -53,7 +53,8 @@ def pytest_make_collect_report() -> Generator[None, Any, Any]:
 
 
 def _refuse_missing_data(report: Any) -> Any:
-    if report.outcome == "skipped" and os.environ.get("PALMETTE_DATA_REQUIRED") and "PALMETTE_DATA" in str(report.longrepr):
+    required = bool(os.environ.get("PALMETTE_DATA_REQUIRED"))
+    if required and report.outcome == "skipped" and "PALMETTE_DATA" in str(report.longrepr):
         report.outcome = "failed"
         report.longrepr = f"skipped, but PALMETTE_DATA_REQUIRED is set: {report.longrepr}"
     return report

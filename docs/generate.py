@@ -1,0 +1,234 @@
+"""Write the pages and tables that follow from the code and from measured results.
+
+    python docs/generate.py            # rewrite them
+    python docs/generate.py --check    # exit with 1 when one of them is stale
+
+The command line comes from typer, the Python reference from the docstrings of `palmette.__all__`, the methods from the
+registry, the tables from benchmarks/results/*.json.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from layout import NOTE, escape, page, slug, table, with_table
+from measured import benchmarks_page, coverage_page, shrink_table
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+
+METHODS = """
+A method ranks candidates for removal; the lowest score goes first. `palmette methods` prints this list, and
+`palmette shrink --method NAME` uses one.
+"""
+
+
+def pages() -> dict[Path, str]:
+    """Every generated page or page with a generated table, and the text that it should have."""
+    return {
+        DOCS / "cli.md": cli_page(),
+        DOCS / "api.md": api_page(),
+        DOCS / "methods.md": methods_page(),
+        DOCS / "coverage.md": coverage_page(),
+        DOCS / "benchmarks.md": benchmarks_page(),
+        ROOT / "README.md": with_table((ROOT / "README.md").read_text(), "shrink", shrink_table()),
+    }
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+
+def cli_page() -> str:
+    """One section per command: what it does, its usage, its options."""
+    import typer
+
+    from palmette.cli import app
+
+    root = typer.main.get_command(app)
+    commands = [(f"palmette {name}", command) for name, command in sorted(root.commands.items())]
+    parts = [
+        NOTE,
+        "# Command line",
+        "Every command prints one line and exits with 2 when its input cannot be used; `--help` says what is below.",
+        options_table(root),
+    ]
+    for name, command in commands:
+        parts += [f"## {name}", prose(command.help or ""), options_table(command)]
+    return page(parts)
+
+
+def prose(text: str) -> str:
+    """A docstring as Markdown: an `Example:` line becomes a block of commands, left out of the tests that run pages."""
+    body, _, example = inspect.cleandoc(text).partition("Example:")
+    block = f"```text\n{example.strip()}\n```" if example else ""
+    return "\n\n".join(part for part in (body.strip(), block) if part)
+
+
+def options_table(command: Any) -> str:
+    """The options and arguments of one command."""
+    shown = [parameter for parameter in command.params if not getattr(parameter, "hidden", False)]
+    rows = [(f"`{option_name(p)}`", escape(getattr(p, "help", None) or ""), option_default(p)) for p in shown]
+    return table(("option", "what it does", "default"), rows) if rows else ""
+
+
+def option_name(parameter: Any) -> str:
+    """The option with its short form and the word for its value."""
+    if parameter.param_type_name == "argument":
+        return str(parameter.human_readable_name)
+    names = ", ".join([*parameter.opts, *parameter.secondary_opts])
+    if parameter.is_flag or parameter.count:
+        return names
+    choices = getattr(parameter.type, "choices", None)
+    listed = "|".join(str(getattr(choice, "value", choice)) for choice in choices or ())
+    return f"{names} {listed or parameter.metavar or parameter.type.name.upper()}"
+
+
+def option_default(parameter: Any) -> str:
+    """The default as it would be typed."""
+    if parameter.required:
+        return "required"
+    value = parameter.default() if callable(parameter.default) else parameter.default
+    value = getattr(value, "value", value)
+    if value is None or value is False or value == () or "UNSET" in repr(value).upper():
+        return ""
+    return f"`{value}`"
+
+
+# ---- the Python reference --------------------------------------------------------------------------------------------
+
+
+def api_page() -> str:
+    """One section per public name, in alphabetical order: signature, docstring, public members."""
+    import palmette
+
+    parts = [
+        NOTE,
+        "# Python reference",
+        "Everything here is reached as `pm.NAME` after `import palmette as pm`.",
+    ]
+    for name in sorted(palmette.__all__, key=str.lower):
+        value = getattr(palmette, name)
+        parts += [f"## {name}", signature_block(name, value), docstring(value)]
+        if inspect.isclass(value):
+            parts.append(members(value))
+    return page(parts)
+
+
+def signature_block(name: str, value: Any) -> str:
+    """The signature of a function or class, one parameter a line where it is long."""
+    if not callable(value) or (inspect.isclass(value) and issubclass(value, BaseException)):
+        return ""
+    try:
+        signature = inspect.signature(value)
+    except ValueError:
+        return ""
+    text = f"{name}{clean(str(signature))}"
+    if len(text) > 110:
+        inner = ",\n    ".join(clean(str(parameter)) for parameter in with_marks(signature))
+        result = "" if signature.return_annotation is inspect.Signature.empty else f" -> {annotation(signature)}"
+        text = f"{name}(\n    {inner},\n){result}"
+    return f"```text\n{text}\n```"
+
+
+def with_marks(signature: inspect.Signature) -> list[Any]:
+    """The parameters, with `*` before the keyword-only ones."""
+    found: list[Any] = list(signature.parameters.values())
+    kinds = [parameter.kind for parameter in found]
+    if inspect.Parameter.KEYWORD_ONLY in kinds and inspect.Parameter.VAR_POSITIONAL not in kinds:
+        found.insert(kinds.index(inspect.Parameter.KEYWORD_ONLY), "*")
+    return found
+
+
+def annotation(signature: inspect.Signature) -> str:
+    """The return annotation as it was written."""
+    value = signature.return_annotation
+    return clean(value if isinstance(value, str) else inspect.formatannotation(value))
+
+
+def clean(text: str) -> str:
+    """Without quotes around annotations, module prefixes and addresses."""
+    text = re.sub(r"(?<=[:>] )'([^']*)'", r"\1", text)
+    text = re.sub(r"<function (\w+) at 0x[0-9a-f]+>", r"\1", text)
+    text = re.sub(r"<factory>", "...", text)
+    return re.sub(r"\b(?:[a-z_]\w*\.)+(?=[A-Z])", "", text)
+
+
+def docstring(value: Any) -> str:
+    """The docstring, except one that dataclass made up."""
+    text = inspect.getdoc(value) or ""
+    return "" if inspect.isclass(value) and text.startswith(f"{value.__name__}(") else paragraphs(text)
+
+
+def paragraphs(text: str) -> str:
+    """A docstring as Markdown: what is indented stays as it was laid out."""
+    out: list[str] = []
+    for part in inspect.cleandoc(text).split("\n\n"):
+        indented = all(line.startswith("    ") for line in part.splitlines())
+        out.append(f"```text\n{inspect.cleandoc(part)}\n```" if indented else part)
+    return "\n\n".join(out)
+
+
+def members(value: type) -> str:
+    """The public methods and properties of a class, with the first line of what they say."""
+    rows = []
+    for name, member in sorted(vars(value).items()):
+        function = getattr(member, "fget", None) or getattr(member, "__func__", member)
+        if name.startswith("_") or not inspect.isfunction(function):
+            continue
+        call = "" if isinstance(member, property) else "()"
+        rows.append((f"`{name}{call}`", escape((inspect.getdoc(function) or "").partition("\n")[0])))
+    return table(("member", "what it gives"), rows) if rows else ""
+
+
+# ---- methods ---------------------------------------------------------------------------------------------------------
+
+
+def methods_page() -> str:
+    """One section per registered method: what it is, its paper, its options with their bounds."""
+    from palmette.registry import methods
+
+    parts = [
+        NOTE,
+        "# Methods",
+        METHODS,
+        table(
+            ("name", "ranks", "edit", "unit of the score", "paper"),
+            [(f"[{m.name}](#{slug(m.name)})", m.sites, m.edit, escape(m.unit), escape(m.paper)) for m in methods()],
+        ),
+    ]
+    for entry in methods():
+        header = inspect.getdoc(importlib.import_module(entry.score.__module__)) or ""
+        parts += [f"## {entry.name}", paragraphs(header), config_table(entry.config)]
+    return page(parts)
+
+
+def config_table(config: type) -> str:
+    """The options of a method, as they were annotated."""
+    rows = []
+    for field in dataclasses.fields(config):
+        written = field.type if isinstance(field.type, str) else inspect.formatannotation(field.type)
+        rows.append((f"`{field.name}`", f"`{escape(clean(written))}`", f"`{field.default!r}`"))
+    return table(("option", "allowed", "default"), rows) if rows else "It has no options."
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def main() -> int:
+    """Write or check the pages; returns the exit code."""
+    stale = [(path, text) for path, text in pages().items() if not path.exists() or path.read_text() != text]
+    for path, text in stale:
+        print(f"{'stale' if '--check' in sys.argv else 'written'}: {path.relative_to(ROOT)}")
+        if "--check" not in sys.argv:
+            path.write_text(text)
+    return int(bool(stale) and "--check" in sys.argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

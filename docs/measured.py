@@ -1,0 +1,149 @@
+"""Pages and tables of measured results (benchmarks/results/*.json); a table without results is left out."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from layout import NOTE, escape, page, table
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+COVERAGE = """
+Which networks Palmette captures, edits and collapses, each built with random weights and calibrated batch norm. For
+every family: the captured graph's output equals the model's bit for bit; dropout draws in training, and batch-norm
+statistics after one step equal the original's; random legal plans are applied and collapsed by force, and the result
+is held against the edited network in float64 (bound 1e-10) and float32 (bound 1e-4, relative); the collapsed network
+trains one step. No family has a line of code of its own.
+"""
+
+BENCHMARKS = """
+Every table comes from a script in `benchmarks/` and stands with its two controls: the dense network with the same extra
+training, and random removal of as many sites. Accuracy is top-1 on data that chose nothing, with its 95 % interval;
+differences are paired per image, in points against the dense network. 1 MAC is one multiply-add.
+"""
+
+
+def coverage_page() -> str:
+    """The coverage table, as benchmarks/coverage.py lays it out."""
+    parts = [
+        NOTE,
+        "# Coverage",
+        COVERAGE,
+    ]
+    results = RESULTS / "coverage.json"
+    if results.exists():
+        stored = json.loads(results.read_text())
+        rows = sorted(stored["rows"], key=lambda row: row["family"])
+        passed = sum(bool(row["passed"]) for row in rows)
+        parts.append(f"{passed} of {len(rows)} families hold, with torch {stored['torch']}.")
+        parts.append(coverage_script().format_table(rows))
+    parts.append("The table is printed by `python benchmarks/coverage.py`.")
+    return page(parts)
+
+
+def coverage_script() -> Any:
+    """benchmarks/coverage.py as a module, under a name that no package has."""
+    folder = str(ROOT / "benchmarks")
+    if folder not in sys.path:
+        sys.path.append(folder)
+    spec = importlib.util.spec_from_file_location("palmette_benchmarks_coverage", ROOT / "benchmarks" / "coverage.py")
+    if spec is None or spec.loader is None:
+        raise SystemExit("benchmarks/coverage.py is missing")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def benchmarks_page() -> str:
+    """One accounting table per stored result of `shrink`."""
+    parts = [
+        NOTE,
+        "# Benchmarks",
+        BENCHMARKS,
+    ]
+    for path in sorted(RESULTS.glob("shrink_*.json")):
+        for figures in runs_of(path):
+            heading = f"## {figures.get('data', path.stem)}: {figures.get('model', '')}".rstrip(": ")
+            parts += [heading, accounting(figures), made_by(path, figures)]
+    if len(parts) == 3:
+        parts.append("No results are stored yet: `make bench` measures them.")
+    return page(parts)
+
+
+def shrink_table() -> str:
+    """The accounting table of the digits benchmark, or nothing."""
+    path = RESULTS / "shrink_digits.json"
+    if not path.exists():
+        return ""
+    return "\n\n".join(f"{accounting(figures)}\n\n{made_by(path, figures)}" for figures in runs_of(path))
+
+
+def runs_of(path: Path) -> list[dict[str, Any]]:
+    """The runs in a result file: it holds one run's figures, or a list of them under `runs`."""
+    stored = json.loads(path.read_text())
+    return list(stored.get("runs", [stored]))
+
+
+def made_by(path: Path, figures: dict[str, Any]) -> str:
+    """The message of a run and the script that made it."""
+    said = escape(figures.get("message") or "")
+    return f"{said} Measured by `python benchmarks/{path.stem}.py` (seed {figures.get('seed', 0)}).".strip()
+
+
+def accounting(figures: dict[str, Any]) -> str:
+    """What stands side by side whenever a reduction is reported."""
+    rows = figures["rows"]
+    latencies = latency_names(rows)
+    counts = ("linearized", "dropped", "depth", "macs", "params")
+    head = ("network", "linearized", "dropped", "depth", "MACs", "parameters", "peak memory")
+    body = []
+    for row in rows:
+        cells = [row["name"], *(f"{row[name]:,}" for name in counts), kibibytes(row["peak_bytes"])]
+        cells += [latency_cell(row, name) for name in latencies]
+        body.append([*cells, accuracy_cell(row), difference_cell(row)])
+    return table((*head, *latencies, "top-1", "difference"), body)
+
+
+def latency_names(rows: list[dict[str, Any]]) -> list[str]:
+    """The kinds of latency in the rows, in order, each with all that it depends on."""
+    return list(dict.fromkeys(latency_name(entry) for row in rows for entry in row.get("latency") or []))
+
+
+def latency_name(entry: dict[str, Any]) -> str:
+    """Runtime, batch, threads, dtype and hardware of one latency."""
+    threads = f"{entry['threads']} thread{'s' if entry['threads'] != 1 else ''}"
+    return escape(f"{entry['runtime']}, batch {entry['batch']}, {threads}, {entry['dtype']}, {entry['hardware']}")
+
+
+def latency_cell(row: dict[str, Any], name: str) -> str:
+    """The median in milliseconds, with its quartiles."""
+    for entry in row.get("latency") or []:
+        if latency_name(entry) == name:
+            return f"{entry['median_ms']:.3g} ms ({entry['q25_ms']:.3g} to {entry['q75_ms']:.3g})"
+    return ""
+
+
+def accuracy_cell(row: dict[str, Any]) -> str:
+    """Top-1 in percent with its interval and the number of samples."""
+    if row.get("accuracy") is None:
+        return ""
+    low, high = row["interval"]
+    return f"{100 * row['accuracy']:.2f} % ({100 * low:.2f} to {100 * high:.2f}, n = {row['n']:,})"
+
+
+def difference_cell(row: dict[str, Any]) -> str:
+    """The paired difference in points, with its interval."""
+    if not row.get("difference"):
+        return ""
+    difference, low, high = row["difference"]
+    return f"{difference:+.2f} ({low:+.2f} to {high:+.2f})"
+
+
+def kibibytes(count: int) -> str:
+    """Bytes in KiB."""
+    return f"{count / 1024:,.1f} KiB"
