@@ -1,7 +1,8 @@
 """A small zoo of plain PyTorch networks for the demo, the tests and first steps: `palmette:NAME`.
 
-They are ordinary modules with random weights; nothing here knows of sites or merges. Widths are such that each family shows one thing:
-inverted residuals that pay when merged whole, MLP blocks that shrink to an eighth, residual blocks that pay when dropped.
+They are ordinary modules with random weights; nothing here knows of sites or merges. Widths are such that each family
+shows one thing: inverted residuals that pay when merged whole, MLP blocks that shrink to an eighth, residual blocks
+that pay when dropped.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +24,7 @@ Builder = Callable[[int, Shape], nn.Module]
 
 @dataclass(frozen=True)
 class ZooEntry:
-    """One network: its name, a line on it, the shape of one input, and how to build it for a number of classes and a shape."""
+    """One network: name, a line on it, shape of one input, and how to build it for (classes, shape)."""
 
     name: str
     summary: str
@@ -58,13 +60,19 @@ def entry(name: str) -> ZooEntry:
 
 
 def build(name: str, *, num_classes: int = 10, shape: Shape | None = None) -> nn.Module:
-    """A fresh network of the zoo. `shape` is (channels, height, width) of its input. Raises InputError for an unknown name."""
+    """A fresh network of the zoo. `shape` is (channels, height, width) of its input.
+
+    Raises InputError for an unknown name.
+    """
     found = entry(name)
     return found.build(num_classes, shape or found.shape)
 
 
 class InvertedResidual(nn.Module):
-    """Expand 1x1, depthwise 3x3, project 1x1, each with batch norm, ReLU6 after the first two; added to its input where shapes allow."""
+    """Expand 1x1, depthwise 3x3, project 1x1, each with batch norm, ReLU6 after the first two.
+
+    Added to its input where shapes allow.
+    """
 
     def __init__(self, c_in: int, c_out: int, *, expand: int, stride: int = 1) -> None:
         super().__init__()
@@ -81,31 +89,35 @@ class InvertedResidual(nn.Module):
         )
         self.skip = stride == 1 and c_in == c_out
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, c_in, H, W] -> [B, c_out, H/stride, W/stride]
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, c_in, H, W] -> [B, c_out, H/stride, W/stride]."""
         y: Tensor = self.layers(x)
         return x + y if self.skip else y
 
 
 class Mobile(nn.Module):
-    """Stem, two stages of inverted residuals (16 channels, then 32 at half the size), mean over positions, linear classifier."""
+    """Stem, stages of inverted residuals at half the size each, mean over positions, linear classifier."""
 
     def __init__(self, classes: int, channels: int, *, widths: tuple[int, ...] = (16, 32), repeats: int = 3) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(channels, widths[0], 3, 1, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU6())
+        self.stem = nn.Sequential(
+            nn.Conv2d(channels, widths[0], 3, 1, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU6()
+        )
         blocks: list[nn.Module] = [InvertedResidual(widths[0], widths[0], expand=6) for _ in range(repeats)]
-        for c_in, c_out in zip(widths, widths[1:], strict=False):
+        for c_in, c_out in pairwise(widths):
             blocks.append(InvertedResidual(c_in, c_out, expand=6, stride=2))
             blocks += [InvertedResidual(c_out, c_out, expand=6) for _ in range(repeats)]
         self.blocks = nn.Sequential(*blocks)
         self.classifier = nn.Linear(widths[-1], classes)
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, channels, H, W] -> [B, classes]
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, channels, H, W] -> [B, classes]."""
         x = self.blocks(self.stem(x))
         return self.classifier(x.mean((2, 3)))  # type: ignore[no-any-return]
 
 
 class TokenBlock(nn.Module):
-    """Two residual branches over tokens: a linear mix of the tokens, then an MLP d-4d-d with GELU, each after a layer norm."""
+    """Two residual branches, each after a layer norm: a linear mix of the tokens, an MLP d-4d-d with GELU."""
 
     def __init__(self, tokens: int, width: int) -> None:
         super().__init__()
@@ -113,7 +125,8 @@ class TokenBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, tokens, width] -> the same
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, tokens, width] -> the same."""
         x = x + self.mix(self.norm1(x).transpose(1, 2)).transpose(1, 2)
         return x + self.mlp(self.norm2(x))  # type: ignore[no-any-return]
 
@@ -128,7 +141,8 @@ class TokenMlp(nn.Module):
         self.blocks = nn.Sequential(*[TokenBlock(tokens, width) for _ in range(depth)])
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, classes]
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, classes]."""
         x = self.patches(x).flatten(2).transpose(1, 2)  # [B, tokens, width]
         return self.head(self.norm(self.blocks(x)).mean(1))  # type: ignore[no-any-return]
 
@@ -141,8 +155,11 @@ class Attention(nn.Module):
         self.heads = heads
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, T, width] -> the same
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, heads, T, width / heads]
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, width] -> the same."""
+        q, k, v = (
+            self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        )  # each [B, heads, T, width / heads]
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
@@ -153,9 +170,12 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.norm1, self.attention = nn.LayerNorm(width), Attention(width, heads)
         self.norm2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * width, width)
+        )
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, T, width] -> the same
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, width] -> the same."""
         x = x + self.attention(self.norm1(x))
         return x + self.mlp(self.norm2(x))  # type: ignore[no-any-return]
 
@@ -163,14 +183,17 @@ class TransformerBlock(nn.Module):
 class VisionTransformer(nn.Module):
     """Patches, learned positions, transformer blocks, mean over tokens, linear classifier."""
 
-    def __init__(self, classes: int, shape: Shape, *, patch: int, width: int, depth: int, heads: int, dropout: float) -> None:
+    def __init__(
+        self, classes: int, shape: Shape, *, patch: int, width: int, depth: int, heads: int, dropout: float
+    ) -> None:
         super().__init__()
         self.patches = nn.Conv2d(shape[0], width, patch, patch)
         self.positions = nn.Parameter(0.02 * torch.randn(1, _tokens(shape, patch), width))
         self.blocks = nn.Sequential(*[TransformerBlock(width, heads, dropout) for _ in range(depth)])
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, classes]
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, classes]."""
         x = self.patches(x).flatten(2).transpose(1, 2) + self.positions
         return self.head(self.norm(self.blocks(x)).mean(1))  # type: ignore[no-any-return]
 
@@ -186,17 +209,20 @@ class ResidualBlock(nn.Module):
         if stride != 1 or c_in != c_out:
             self.shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, c_in, H, W] -> [B, c_out, H/stride, W/stride]
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, c_in, H, W] -> [B, c_out, H/stride, W/stride]."""
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         return F.relu(y + self.shortcut(x))
 
 
 class ResNet(nn.Module):
-    """Stem, stages of residual blocks that halve the size and double the width, mean over positions, linear classifier."""
+    """Stem, stages of residual blocks at half the size each, mean over positions, linear classifier."""
 
     def __init__(self, classes: int, channels: int, *, widths: tuple[int, ...], repeats: int) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(channels, widths[0], 3, 1, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU())
+        self.stem = nn.Sequential(
+            nn.Conv2d(channels, widths[0], 3, 1, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()
+        )
         blocks = []
         c_in = widths[0]
         for stage, c_out in enumerate(widths):
@@ -206,7 +232,8 @@ class ResNet(nn.Module):
         self.blocks = nn.Sequential(*blocks)
         self.head = nn.Linear(c_in, classes)
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, channels, H, W] -> [B, classes]
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, channels, H, W] -> [B, classes]."""
         return self.head(self.blocks(self.stem(x)).mean((2, 3)))  # type: ignore[no-any-return]
 
 

@@ -21,18 +21,24 @@ SOURCES = ("digits", *_IN_MEMORY, "imagefolder")
 def load_source(spec: str, *, image_size: tuple[int, int] | None = None, batch_size: int = 64, seed: int = 0) -> Data:
     """Loaders for `digits`, `cifar10:DIR`, `fashion-mnist:DIR` or `imagefolder:DIR`, with options as in HELP.
 
-    `image_size` (height, width) and `batch_size` hold where the options do not say. Raises InputError for a spec or option that cannot be
-    read, DataError for data that cannot.
+    `image_size` (height, width) and `batch_size` hold where the options do not say. Raises InputError for a spec or
+    option that cannot be read, DataError for data that cannot.
     """
     location, _, text = spec.partition("?")
     name, _, path = location.partition(":")
     if name not in SOURCES:
         near = get_close_matches(name, SOURCES, n=1)
-        fix = f"Did you mean {_example(near[0])}?" if near else f"Write {', '.join(map(_example, SOURCES))}, or path/file.py:function"
+        fix = (
+            f"Did you mean {_example(near[0])}?"
+            if near
+            else f"Write {', '.join(map(_example, SOURCES))}, or path/file.py:function"
+        )
         raise InputError(f"no data source named {name!r}", where=spec, fix=fix)
     options = parse_options(text, spec=spec, allowed=FOLDER_OPTIONS if name == "imagefolder" else ARRAY_OPTIONS)
     if (name == "digits") == bool(path):
-        raise InputError("digits takes no folder" if path else f"{name} needs a folder", where=spec, fix=f"Write {_example(name)}")
+        raise InputError(
+            "digits takes no folder" if path else f"{name} needs a folder", where=spec, fix=f"Write {_example(name)}"
+        )
     try:
         if name == "imagefolder":
             return imagefolder(Path(path).expanduser(), options, size=image_size, batch=batch_size, seed=seed)

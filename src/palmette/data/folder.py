@@ -1,4 +1,4 @@
-"""Pictures in folders, one folder per class, decoded by Pillow when they are needed and kept in memory where they fit."""
+"""Pictures in one folder per class, decoded by Pillow when they are needed and kept in memory where they fit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Entry = tuple[Path, int]  # file, label
 
 
 class FolderDataset(Dataset[Batch]):
-    """Pictures as uint8 [3, H, W]: the largest centred part of the wanted shape, after a resize that leaves an eighth for the crop."""
+    """Pictures as uint8 [3, H, W]: resized until an eighth overlaps the wanted shape, then cut in the centre."""
 
     def __init__(self, entries: Sequence[Entry], size: tuple[int, int], *, keep: bool) -> None:
         self.files = [file for file, _ in entries]
@@ -69,16 +69,19 @@ def read_picture(file: Path, size: tuple[int, int]) -> Tensor:
 def imagefolder(folder: Path, options: Options, *, size: tuple[int, int] | None, batch: int, seed: int) -> Data:
     """Loaders over DIR/train/CLASS/*, DIR/val/CLASS/*, DIR/test/CLASS/*.
 
-    Without test, val is cut into two disjoint halves (a trained network has seen train, so nothing is chosen there); without val, a tenth of
-    train is set aside; without a train folder, DIR/CLASS/* is cut into 80, 10 and 10 per cent. The cuts are the same for every seed.
-    Raises DataError for a missing or empty folder, and for a class that train lacks.
+    Without test, val is cut into two disjoint halves (a trained network has seen train, so nothing is chosen there);
+    without val, a tenth of train is set aside; without a train folder, DIR/CLASS/* is cut into 80, 10 and 10 per
+    cent. The cuts are the same for every seed. Raises DataError for a missing or empty folder, and for a class that
+    train lacks.
     """
     if not folder.is_dir():
         raise DataError("no such folder", where=str(folder))
     root = folder / "train" if (folder / "train").is_dir() else folder
     classes = tuple(sorted(f.name for f in root.iterdir() if f.is_dir() and not f.name.startswith(".")))
     if not classes:
-        raise DataError("no folder per class", where=str(root), fix="Put the pictures of each class in a folder of its name")
+        raise DataError(
+            "no folder per class", where=str(root), fix="Put the pictures of each class in a folder of its name"
+        )
     parts = {"train": _entries(root, classes)}
     if root != folder:
         for name, spellings in (("val", ("val", "valid", "validation")), ("test", ("test",))):
@@ -120,7 +123,9 @@ def _entries(folder: Path, classes: tuple[str, ...]) -> list[Entry]:
         if file.suffix.lower() in SUFFIXES
     ]
     if not entries:
-        raise DataError("no pictures", where=str(folder), why=f"looked for {', '.join(sorted(SUFFIXES))} in a folder per class")
+        raise DataError(
+            "no pictures", where=str(folder), why=f"looked for {', '.join(sorted(SUFFIXES))} in a folder per class"
+        )
     return entries
 
 

@@ -1,8 +1,9 @@
 """Loaders that work on whole batches: one indexing, one augmentation and one normalisation per batch of uint8 images.
 
-Per-sample transforms cost more than a small network's training step on two cores; here a batch of 64 CIFAR images takes under a
-millisecond. Every random number comes from `loader.generator` (in worker processes, from torch's generator, which the loader seeds from
-it): a loader re-seeded with `loader.generator.manual_seed(n)` yields the same batches again.
+Per-sample transforms cost more than a small network's training step on two cores; here a batch of 64 CIFAR images
+takes under a millisecond. Every random number comes from `loader.generator` (in worker processes, from torch's
+generator, which the loader seeds from it): a loader re-seeded with `loader.generator.manual_seed(n)` yields the same
+batches again.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ Loader = Iterable[Any]
 class Data:
     """What a data source gives to a run. Loaders can be iterated again and again; `val` chooses, `test` only reports.
 
-    `calibration` is training data without augmentation; `example_inputs` is a batch of 2; `num_classes` and `classes` are None and ()
-    where a user's loaders do not say.
+    `calibration` is training data without augmentation; `example_inputs` is a batch of 2; `num_classes` and `classes`
+    are None and () where a user's loaders do not say.
     """
 
     name: str
@@ -72,7 +73,7 @@ class ArrayDataset(Dataset[Batch]):
 
 @dataclass(frozen=True, kw_only=True)
 class Transform:
-    """uint8 [B, C, H, W] to float32 of the wanted channels and size, normalised; flips and shifts first where asked for.
+    """uint8 [B, C, H, W] to float32 of the wanted channels and size, normalised; flips and shifts come first.
 
     `shift` is in pixels of the source; shifted-in pixels are black. Random numbers come from `generator`.
     """
@@ -86,8 +87,11 @@ class Transform:
     generator: torch.Generator | None = None
 
     def __call__(self, batch: Batch) -> Batch:
+        """The batch as the network gets it."""
         images, labels = batch
-        generator = self.generator if get_worker_info() is None else None  # a worker's copy would repeat in every worker
+        generator = (
+            self.generator if get_worker_info() is None else None
+        )  # a worker's copy would repeat in every worker
         if self.flip:
             images = random_flip(images, generator)
         if self.shift:
@@ -95,7 +99,7 @@ class Transform:
         return self.normalise(images), labels
 
     def normalise(self, images: Tensor) -> Tensor:
-        """The deterministic part: channels, scale to 0..1, mean and std, resize (bilinear, antialiased when smaller)."""
+        """What needs no random number: channels, mean and std, size (bilinear, antialiased when smaller)."""
         values = images.float()
         if self.channels != images.shape[1]:
             values = values.expand(-1, self.channels, -1, -1) if self.channels > 1 else values.mean(1, keepdim=True)
@@ -122,7 +126,9 @@ def random_shift(images: Tensor, pixels: int, generator: torch.Generator | None 
     return windows[torch.arange(len(images)), :, rows, columns]
 
 
-def make_loader(dataset: BatchDataset, transform: Transform, *, batch: int, shuffle: bool, workers: int = 0) -> DataLoader[Batch]:
+def make_loader(
+    dataset: BatchDataset, transform: Transform, *, batch: int, shuffle: bool, workers: int = 0
+) -> DataLoader[Batch]:
     """A loader over `dataset` by the batch, seeded by its own generator (the one of `transform`)."""
     drop_last = shuffle and len(dataset) > batch and len(dataset) % batch == 1  # batch norm cannot train on one sample
     return DataLoader(
@@ -130,14 +136,19 @@ def make_loader(dataset: BatchDataset, transform: Transform, *, batch: int, shuf
         batch_size=batch,
         shuffle=shuffle,
         drop_last=drop_last,
-        collate_fn=transform,
+        collate_fn=transform,  # type: ignore[arg-type]  # it gets what __getitems__ returns: one batch
         num_workers=workers,
         generator=transform.generator,
     )
 
 
-def normalisation(options: Options, source_mean: tuple[float, ...], source_std: tuple[float, ...], channels: int) -> Any:
-    """(mean, std) with `channels` or 1 values each. Raises InputError when three values meet one channel or the other way round."""
+def normalisation(
+    options: Options, source_mean: tuple[float, ...], source_std: tuple[float, ...], channels: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std) with `channels` or 1 values each.
+
+    Raises InputError when three values meet one channel or the other way round.
+    """
     if options.mean is not None and options.std is not None:
         mean, std = options.mean, options.std
     elif options.norm in (None, "source"):
@@ -171,7 +182,9 @@ class _Subset(Dataset[Batch]):
         return self.dataset.__getitems__([self.indices[i] for i in indices])
 
 
-def from_source(name: str, source: Source, options: Options, *, size: tuple[int, int] | None, batch: int, seed: int) -> Data:
+def from_source(
+    name: str, source: Source, options: Options, *, size: tuple[int, int] | None, batch: int, seed: int
+) -> Data:
     """Loaders over a source in memory. `size` (height, width) and `batch` hold where `options` do not say."""
     parts = [ArrayDataset(split) for split in (source.train, source.val, source.test)]
     native = (int(source.train.images.shape[2]), int(source.train.images.shape[3]))
@@ -204,7 +217,10 @@ def from_datasets(
     batch: int,
     seed: int,
 ) -> Data:
-    """Loaders over (train, val, test) datasets. Raises DataError for an empty split, InputError for options that contradict."""
+    """Loaders over (train, val, test) datasets.
+
+    Raises DataError for an empty split, InputError for options that contradict.
+    """
     for split, part in zip(("train", "val", "test"), parts, strict=True):
         if not len(part):
             raise DataError(f"no {split} images", where=name)
@@ -238,5 +254,6 @@ def from_datasets(
         num_classes=len(classes),
         classes=classes,
         example_inputs=plain.normalise(train.__getitems__([0, min(1, len(train) - 1)])[0]),
-        description=f"{name}: {counts}; {channels}x{size[0]}x{size[1]}, {len(classes)} classes, augment {chosen}, batch {batch}",
+        description=f"{name}: {counts}; {channels}x{size[0]}x{size[1]}, {len(classes)} classes, "
+        f"augment {chosen}, batch {batch}",
     )

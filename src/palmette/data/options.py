@@ -113,7 +113,10 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
 
 
 def parse_options(text: str, *, spec: str, allowed: Collection[str] = tuple(_PARSERS)) -> Options:
-    """Options from `size=96&norm=half`. Raises InputError for an unknown option (listing the known ones) or a bad value."""
+    """Options from `size=96&norm=half`.
+
+    Raises InputError for an unknown option (listing the known ones) or a bad value.
+    """
     options = Options()
     for name, value in parse_pairs(text, spec=spec, allowed=allowed).items():
         try:
@@ -132,7 +135,9 @@ def parse_pairs(text: str, *, spec: str, allowed: Collection[str]) -> dict[str, 
     try:
         pairs = parse_qsl(text, keep_blank_values=True, strict_parsing=bool(text))
     except ValueError as error:
-        raise InputError("options cannot be read", where=spec, why=str(error), fix="Write ?name=value&name=value") from error
+        raise InputError(
+            "options cannot be read", where=spec, why=str(error), fix="Write ?name=value&name=value"
+        ) from error
     found: dict[str, str] = {}
     for name, value in pairs:
         if name not in allowed:

@@ -22,7 +22,9 @@ from palmette.errors import DataError
 
 Images = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
-SPLIT_SEED = 20_100  # splits and subsets are the same for every --seed: data that chooses must never move into data that reports
+SPLIT_SEED = (
+    20_100  # splits and subsets are the same for every --seed: data that chooses must never move into data that reports
+)
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 FASHION_CLASSES = (
@@ -57,7 +59,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Source:
-    """The three splits of one data set, with what its loaders need: class names, mean and std per channel for 0..1, augmentation."""
+    """Three splits of one data set, and what its loaders need: classes, mean and std for 0..1, augmentation."""
 
     train: Split
     val: Split
@@ -69,8 +71,8 @@ class Source:
 
 
 def stratified(labels: Labels, count: int, *, seed: int = SPLIT_SEED) -> npt.NDArray[np.intp]:
-    """Sorted indices of `count` samples, classes in proportion (largest remainders first), the same ones for the same labels."""
-    random = np.random.RandomState(seed)  # noqa: NPY002 - the one numpy generator whose stream never changes
+    """Sorted indices of `count` samples, classes in proportion, always the same ones for the same labels."""
+    random = np.random.RandomState(seed)  # the one generator of numpy whose stream never changes
     values, sizes = np.unique(labels, return_counts=True)
     ideal = sizes * (count / len(labels))
     quota = np.floor(ideal).astype(int)
@@ -96,7 +98,7 @@ def limited(labels: Labels, count: int | None, *, name: str) -> npt.NDArray[np.i
 
 def digits(options: Options) -> Source:
     """Scikit-learn's 1,797 handwritten digits, 1x8x8, split 1,077 / 360 / 360. No download."""
-    bunch = optional("sklearn.datasets", package="scikit-learn").load_digits()
+    bunch = optional("sklearn.datasets", package="palmette[demo]").load_digits()
     images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[:, None]  # stored as 0..16
     everything = Split(images, bunch.target.astype(np.int64))
     rest, test = carve(everything.labels, 360)
@@ -108,14 +110,15 @@ def digits(options: Options) -> Source:
 def cifar10(folder: Path, options: Options) -> Source:
     """CIFAR-10, 3x32x32: from train*.npz, val.npz and test.npz, or from the official binary version.
 
-    An npz holds `labels` and `images` or `images_coded` (decode_images). Where there is no val, 5,000 training images are set aside.
-    Raises DataError for a missing or malformed file, and for the Python version, which is a pickle.
+    An npz holds `labels` and `images` or `images_coded` (decode_images). Where there is no val, 5,000 training images
+    are set aside. Raises DataError for a missing or malformed file, and for the Python version, which is a pickle.
     """
     _need_folder(folder)
     binary = next((f for f in (folder, folder / "cifar-10-batches-bin") if (f / "data_batch_1.bin").is_file()), None)
     if list(folder.glob("train*.npz")):
         parts = {
-            name: _read_npz(sorted(folder.glob(f"{name}*.npz")), options.limit(name), name) for name in ("train", "val", "test")
+            name: _read_npz(sorted(folder.glob(f"{name}*.npz")), options.limit(name), name)
+            for name in ("train", "val", "test")
         }
     elif binary is not None:
         parts = {
@@ -146,7 +149,7 @@ def fashion_mnist(folder: Path, options: Options) -> Source:
 
 
 def decode_images(coded: Images) -> Images:
-    """Residuals uint8 [N, 3, H, W] to pixels, lossless: R and B are stored minus G, rows as differences; arithmetic mod 256."""
+    """Residuals uint8 [N, 3, H, W] to pixels, lossless; R and B are stored minus G, rows as differences mod 256."""
     pixels = coded.copy()
     pixels[:, :, :, 0] = np.cumsum(pixels[:, :, :, 0], axis=2, dtype=np.uint8)  # first column: running sum downwards
     pixels = np.cumsum(pixels, axis=3, dtype=np.uint8)  # each row: running sum to the right
@@ -221,7 +224,9 @@ def _read_npz(files: list[Path], limit: int | None, name: str) -> Split | None:
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise DataError("not a readable npz with images and labels", where=str(file), why=_line(error)) from error
         if images[-1].dtype != np.uint8 or images[-1].ndim != 4 or len(images[-1]) != len(labels[-1]):
-            raise DataError(f"{images[-1].dtype} images {images[-1].shape} for {len(labels[-1])} labels", where=str(file))
+            raise DataError(
+                f"{images[-1].dtype} images {images[-1].shape} for {len(labels[-1])} labels", where=str(file)
+            )
     all_labels = np.concatenate(labels)
     chosen = limited(all_labels, limit, name=name)  # choose before decoding: most of the time goes there
     pixels = np.concatenate(images)[chosen]
@@ -236,7 +241,9 @@ def _read_cifar_binary(files: list[Path]) -> Split:
             raise DataError("missing file of CIFAR-10's binary version", where=str(file))
         raw = np.fromfile(file, np.uint8)
         if not len(raw) or len(raw) % 3073:
-            raise DataError(f"{len(raw)} bytes are not whole records of 3073 bytes", where=str(file), fix="Download it again")
+            raise DataError(
+                f"{len(raw)} bytes are not whole records of 3073 bytes", where=str(file), fix="Download it again"
+            )
         records.append(raw.reshape(-1, 3073))
     table = np.concatenate(records)
     return Split(np.ascontiguousarray(table[:, 1:]).reshape(-1, 3, 32, 32), table[:, 0].astype(np.int64))
