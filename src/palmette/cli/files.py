@@ -27,7 +27,7 @@ def collapse(
     classes: opt.Classes = None,
     cost: Annotated[str, typer.Option(help="What a merge must not raise: eager, onnxruntime or macs.")] = "macs",
     force: Annotated[bool, typer.Option("--force", help="Merge also where it costs more.")] = False,
-    pad: Annotated[str | None, typer.Option(help="repad, exact or bias_map; default: the plan's own.")] = None,
+    pad: Annotated[str, typer.Option(help="Borders of merged convolutions: repad, exact or bias_map.")] = "repad",
     trust: opt.Trust = False,
 ) -> None:
     """Apply a plan to a network, merge what it made linear, verify, and save the smaller network.
@@ -41,7 +41,7 @@ def collapse(
 
     network, example = opt.load_model(model, weights, data, image_size, classes, trust)
     edits = Plan.from_json(read_bytes(plan).decode("utf-8", errors="replace"))
-    edited = edits.apply(network, example, pad=pad or edits.pad or "exact").eval()
+    edited = edits.apply(network, example, pad=pad).eval()
     small, record = collapse_network(edited, cost=cost, force=force)
     seen = verify(edited, small.eval(), [example], example_inputs=example)
     if not seen.max_relative_error <= 1e-4:

@@ -53,10 +53,9 @@ def load_pair(
     model: str, weights: Path | None, data: str, image_size: int | None, batch_size: int, seed: int, trust: bool
 ) -> tuple[ResolvedModel, Data]:
     """The model and the data of a command; the data's number of classes shapes the model where it may choose."""
-    from palmette.resolve import resolve_data, resolve_model
+    from palmette.resolve import resolve_pair
 
-    found = resolve_data(data, image_size=image_size, batch_size=batch_size, seed=seed)
-    return resolve_model(model, weights, num_classes=found.num_classes, trust=trust), found
+    return resolve_pair(model, data, weights, image_size=image_size, batch_size=batch_size, seed=seed, trust=trust)
 
 
 def load_model(
@@ -66,19 +65,13 @@ def load_model(
 
     Raises InputError when nothing tells the input's shape.
     """
-    import torch
-
     from palmette.errors import InputError
-    from palmette.resolve import resolve_data, resolve_model
+    from palmette.resolve import resolve_model, resolve_pair
 
     if data is not None:
-        found = resolve_data(data, image_size=image_size)
-        return resolve_model(
-            model, weights, num_classes=classes or found.num_classes, trust=trust
-        ).model, found.example_inputs
-    resolved = resolve_model(model, weights, num_classes=classes, trust=trust)
-    if image_size is not None:
-        return resolved.model, torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+        pair, _ = resolve_pair(model, data, weights, num_classes=classes, image_size=image_size, trust=trust)
+        return pair.model, pair.example_inputs
+    resolved = resolve_model(model, weights, num_classes=classes, image_size=image_size, trust=trust)
     if resolved.example_inputs is None:
         raise InputError("the shape of the model's input is not known", fix="Add --data SPEC or --image-size PIXELS")
     return resolved.model, resolved.example_inputs

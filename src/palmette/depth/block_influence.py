@@ -1,11 +1,12 @@
 """Block influence: drop the blocks that turn their input least.
 
-Idea: 1 - mean cosine between what enters and what leaves a block; a block near 0 passes its input on and can be
-dropped. Paper: Men et al., "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect", 2024
-(arXiv 2403.03853); the same measure is used by Minitron. Differs: any block of equal input and output shape found in
-the graph, not only transformer layers; in feature maps a "token" is one pixel with its channels; padded tokens are
-left out. Shapes: [batch, channels, ...] or [batch, ..., channels]. Cost: one forward pass over the set per round, two
-sums per block.
+Idea: 1 - mean cosine between what enters and what leaves a block; a block near 0 passes its input on and can go.
+Paper: Men et al., "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect", 2024 (arXiv
+2403.03853); the same measure is used by Minitron. Differs: any block of equal input and output shape in the graph, not
+only transformer layers; a feature map counts as one vector per sample, whichever way its axes lie; padded tokens are
+left out.
+Shapes: [batch, features], [batch, tokens, features] or [batch, ...]. Cost: one forward pass over the set per round,
+two sums per block.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor, fx
 
 from palmette.depth.entropy import MaskTap
 from palmette.errors import DataError
-from palmette.graph import Candidate, Site, observe
+from palmette.graph import Candidate, observe
 from palmette.registry import MethodConfig, method
 
 
@@ -31,13 +32,12 @@ class BlockInfluenceConfig(MethodConfig):
 class CosineMean:
     """Running mean of the cosine between input and output tokens of one block, in float64."""
 
-    def __init__(self, channel_axis: int) -> None:
-        self.channel_axis = channel_axis
+    def __init__(self) -> None:
         self.total, self.count = 0.0, 0
 
     def add(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> None:
         """Add one batch of inputs and outputs of equal shape; raises DataError when they are not finite."""
-        a, b = (t.detach().double().movedim(self.channel_axis, -1) for t in (x, y))
+        a, b = (t.detach().double().flatten(1) if t.dim() > 3 else t.detach().double() for t in (x, y))
         norms = a.norm(dim=-1) * b.norm(dim=-1)
         cosine = torch.where(norms > 0, (a * b).sum(dim=-1) / norms.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
         cosine = torch.where((a == b).all(dim=-1), torch.ones_like(cosine), cosine)
@@ -80,18 +80,11 @@ def score(
     """
     sites = {site.path: site for candidate in candidates for site in candidate.sites}
     tap = MaskTap(loader)
-    means = {path: CosineMean(_axis(site)) for path, site in sites.items()}
+    means = {path: CosineMean() for path in sites}
 
     def adder(path: str) -> Callable[[Tensor, Tensor], None]:
         mean = means[path]
-        return lambda x, y: mean.add(x, y, tap.for_tokens(y, mean.channel_axis))
+        return lambda x, y: mean.add(x, y, tap.for_tokens(y, -1))
 
     observe(captured, {path: adder(path) for path in sites}, tap)
     return {c.name: sum(means[site.path].influence() for site in c.sites) for c in candidates}
-
-
-def _axis(site: Site) -> int:
-    """The axis of the features: the site's own, else 1 for feature maps and the last for everything else."""
-    if site.channel_axis is not None:
-        return site.channel_axis
-    return 1 if len(site.shape) == 4 else len(site.shape) - 1

@@ -8,7 +8,6 @@ for bit.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +102,7 @@ class Branch:
         session = self.session
         plan = Plan([edit for c in (*taken, candidate) for edit in session.edits(c)])
         fitted = plan.fit(self.network, session.calibration, session.example)
-        fitted.apply(copy.deepcopy(self.network), session.example, pad=session.settings.pad)
+        fitted.apply(self.network, session.example, pad=session.settings.pad)
         return fitted
 
     def heal(self, number: int, method: Method | None = None) -> None:
@@ -196,5 +195,5 @@ def dense_again(session: Session, rounds: int) -> fx.GraphModule:
 
 def count_edits(plan: Plan) -> dict[str, int]:
     """How many activations a plan linearises and how many blocks it drops."""
-    kinds = [edit["kind"] for edit in json.loads(plan.to_json())["edits"]]
+    kinds = [edit.kind for edit in plan]
     return {"linearized": kinds.count("linearize"), "dropped": kinds.count("drop")}

@@ -89,7 +89,7 @@ class EntropyWatch(nn.Module):
 
 
 def watch(captured: fx.GraphModule, candidates: Sequence[Candidate], config: EasierConfig, *, steps: int) -> None:
-    """Put an EntropyWatch before each activation of the candidates, for training in epochs of `steps` batches; in place."""
+    """Put an EntropyWatch before each activation of the candidates, for epochs of `steps` batches; in place."""
     sites = {site.path: site for candidate in candidates for site in candidate.sites}
     for index, (path, found) in enumerate(_activations(captured, sites)):
         name = f"{_WATCH}_{index}"

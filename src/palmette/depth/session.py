@@ -97,8 +97,11 @@ class Session:
 
     def edits(self, candidate: Candidate) -> list[Edit]:
         """The method's edit for every site of a candidate: drop for blocks, linearize for activations."""
-        fit = "identity" if self.settings.reproduce else getattr(self.config, "fit", "affine")
-        return [drop(site) if site.kind == "block" else linearize(site, fit=fit) for site in candidate.sites]
+        paper = self.settings.reproduce
+        fit = "identity" if paper else getattr(self.config, "fit", "affine")
+        return [
+            drop(site) if site.kind == "block" else linearize(site, fit=fit, force=paper) for site in candidate.sites
+        ]
 
     def evaluate(self, network: nn.Module, loader: Iterable[Any]) -> Evaluation:
         """Accuracy of a network on a loader, in eval mode."""
