@@ -15,7 +15,7 @@ import inspect
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from layout import NOTE, escape, page, slug, table, with_table
 from measured import benchmarks_page, coverage_page, shrink_table
@@ -72,21 +72,30 @@ def prose(text: str) -> str:
 
 def options_table(command: Any) -> str:
     """The options and arguments of one command."""
-    shown = [parameter for parameter in command.params if not getattr(parameter, "hidden", False)]
-    rows = [(f"`{option_name(p)}`", escape(getattr(p, "help", None) or ""), option_default(p)) for p in shown]
+    hints = get_type_hints(inspect.unwrap(command.callback))
+    shown = [parameter for parameter in command.params if not getattr(parameter, "hidden", False) and parameter.help]
+    rows = [(f"`{option_name(p, hints.get(p.name))}`", escape(p.help), option_default(p)) for p in shown]
     return table(("option", "what it does", "default"), rows) if rows else ""
 
 
-def option_name(parameter: Any) -> str:
+def option_name(parameter: Any, hint: Any) -> str:
     """The option with its short form and the word for its value."""
     if parameter.param_type_name == "argument":
-        return str(parameter.human_readable_name)
+        return str(parameter.metavar or parameter.name.upper())
     names = ", ".join([*parameter.opts, *parameter.secondary_opts])
     if parameter.is_flag or parameter.count:
         return names
-    choices = getattr(parameter.type, "choices", None)
-    listed = "|".join(str(getattr(choice, "value", choice)) for choice in choices or ())
-    return f"{names} {listed or parameter.metavar or parameter.type.name.upper()}"
+    return f"{names} {parameter.metavar or value_word(hint)}"
+
+
+def value_word(hint: Any) -> str:
+    """A word for a value of this type: its choices, or the name of the type."""
+    if get_origin(hint) is Literal:
+        return "\\|".join(str(choice) for choice in get_args(hint))
+    inner = [option for option in get_args(hint) if option is not type(None)]
+    if inner:
+        return value_word(inner[0])
+    return {str: "TEXT", int: "N", float: "X", Path: "PATH"}.get(hint, "VALUE")
 
 
 def option_default(parameter: Any) -> str:
