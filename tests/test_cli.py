@@ -31,7 +31,8 @@ def _loaders(*parts):
 
 def net():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 2))
+    layers = [nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 2)]
+    return nn.Sequential(*layers)
 
 def linear():
     return nn.Sequential(nn.Linear(8, 2))

@@ -148,7 +148,8 @@ def test_a_new_method_is_one_file_and_no_shared_edit(tmp_path) -> None:
     source.write_text(
         "from palmette.depth.random_removal import RandomConfig\n"
         "from palmette.registry import method\n"
-        "@method(name='mine', title='t', paper='p', unit='u', sites='activation', edit='linearize', config=RandomConfig)\n"
+        "@method(name='mine', title='t', paper='p', unit='u',\n"
+        "        sites='activation', edit='linearize', config=RandomConfig)\n"
         "def score(captured, candidates, loader, config, *, seed):\n"
         "    '''Names in order; low = remove first.'''\n"
         "    return {c.name: 0.0 for c in candidates}\n"

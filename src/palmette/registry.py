@@ -141,7 +141,7 @@ class Method:
 
     def kind(self, config: MethodConfig) -> SiteKind:
         """The kind of sites ranked under `config`: its field `sites` where it has one, else the method's own."""
-        return getattr(config, "sites", self.sites)  # type: ignore[no-any-return]
+        return getattr(config, "sites", self.sites)
 
 
 _METHODS: dict[str, Method] = {}

@@ -41,7 +41,7 @@ def demo(
     shape = tuple(found.example_inputs.shape[1:])
     with seeded("demo", seed):
         dense = build(network, num_classes=found.num_classes or 10, shape=shape)
-    say(f"Training {network} on {len(found.train.dataset)} images of handwritten digits for {epochs} epochs")
+    say(f"Training {network} for {epochs} epochs on {found.description}")
     heal(dense, found.train, HealConfig(optimizer="adamw", lr=3e-3, epochs=epochs), seed=derive_seed("demo", seed))
     say(f"Dense network: {100 * evaluate(dense.eval(), found.val).accuracy:.2f} % on validation data")
     result = shrink(

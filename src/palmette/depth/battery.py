@@ -97,7 +97,7 @@ def complete_and_finite(method: Method) -> None:
     _, found, _, _ = _prepared(method)
     scores = _score(method)
     _require(set(scores) == {c.name for c in found}, method, "does not score exactly the candidates given")
-    bad = [name for name, value in scores.items() if not isinstance(value, float) or not math.isfinite(value)]
+    bad = [name for name, value in scores.items() if type(value) is not float or not math.isfinite(value)]
     _require(not bad, method, f"the score of {bad[:1]} is no finite float")
     _require(json.loads(json.dumps(scores)) == scores, method, "its scores do not survive JSON")
 

@@ -9,6 +9,7 @@ batches. Time: one pass over the data. Memory: three int64 counts per (channel, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -40,7 +41,8 @@ class EntropyRule:
 def binary_entropy(p: Tensor) -> Tensor:
     """Entropy in bits of a coin with probability p, elementwise; 0 at p = 0 and p = 1."""
     q = 1 - p
-    return -(torch.special.xlogy(p, p) + torch.special.xlogy(q, q)) / torch.log(torch.tensor(2.0, dtype=p.dtype))
+    nats: Tensor = -(torch.special.xlogy(p, p) + torch.special.xlogy(q, q))
+    return nats / math.log(2)
 
 
 def count_states(z: Tensor, channel_axis: int, mask: Tensor | None = None) -> Tensor:

@@ -80,7 +80,8 @@ class Session:
     @property
     def single(self) -> Example:
         """The example inputs at batch 1, for costs and latencies."""
-        return with_batch(self.example, 1)
+        example: Example = with_batch(self.example, 1)
+        return example
 
     def pool(self, network: fx.GraphModule) -> list[Candidate]:
         """What may be removed next: the candidates predicted to pay; under `reproduce` every activation left."""
@@ -129,7 +130,8 @@ def first_inputs(loader: Iterable[Any], what: str) -> Any:
 
 def example_from(loader: Iterable[Any]) -> Example:
     """Example inputs of batch 2, from the first batch of a loader."""
-    return with_batch(first_inputs(loader, "validation"), 2)
+    example: Example = with_batch(first_inputs(loader, "validation"), 2)
+    return example
 
 
 def check_protected(protect: Iterable[str], network: fx.GraphModule, example: Example) -> tuple[str, ...]:
