@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from palmette.errors import CaptureError, InputError, PalmetteError
+from palmette.graph.blocks import find_blocks
 from palmette.graph.inputs import as_call, batch_size, call, tensors, with_batch
 from palmette.graph.raising import Raiser
 
@@ -70,6 +71,7 @@ def capture(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
             gm = Raiser(source, exported.graph, exported, attention).run()
             gm.eval()
             set_shapes(gm, example)
+            find_blocks(gm)  # blocks get their stable names before any edit
             _check_equal(gm, example, reference)
             lost = _lost_randomness(source, gm, example)
     except PalmetteError:

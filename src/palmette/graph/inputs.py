@@ -94,6 +94,13 @@ def split_batch(batch: Any) -> tuple[Any, Any]:
     )
 
 
+def inputs_of(batch: Any) -> Any:
+    """The inputs alone: of a labelled batch as `split_batch` reads it, else the batch itself."""
+    if isinstance(batch, Mapping):
+        return {k: v for k, v in batch.items() if k not in ("labels", "label")}
+    return split_batch(batch)[0] if isinstance(batch, list | tuple) and len(batch) == 2 else batch
+
+
 def main_output(output: Any) -> Tensor:
     """The logits: the tensor itself, `.logits` or `["logits"]`, else the first floating tensor. Raises InputError if there is none."""
     if isinstance(output, Mapping) and isinstance(output.get("logits"), Tensor):

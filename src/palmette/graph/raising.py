@@ -74,6 +74,10 @@ class Raiser:
             self._raise(node)
         self._move_state()
         gm = fx.GraphModule(self.root, self.graph)
+        for name, _ in list(gm.named_buffers(remove_duplicate=False)):
+            parent, _, leaf = name.rpartition(".")
+            if not self._persistent(name):
+                gm.get_submodule(parent)._non_persistent_buffers_set.add(leaf)
         _name_paths(gm, self.source)
         return gm
 
@@ -245,7 +249,7 @@ class Raiser:
             if isinstance(value, nn.Parameter):
                 container.register_parameter(leaf, value)
             elif value is not None and leaf not in container._buffers:
-                container.register_buffer(leaf, value, persistent=self._persistent(str(node.target)))
+                container.register_buffer(leaf, value)
 
     def _persistent(self, name: str) -> bool:
         parent, _, leaf = name.rpartition(".")

@@ -1,0 +1,308 @@
+"""Turn a network with edits into the physically smaller one, and record what each merge is worth."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from palmette.errors import InputError
+from palmette.graph.affine import (
+    Affine,
+    can_carry_edge,
+    compose,
+    diagonal,
+    inexact_reason,
+    plus_skip,
+    skip_reason,
+    with_edge,
+)
+from palmette.graph.capture import is_captured, make_inputs, set_shapes
+from palmette.graph.edit import linear_runs
+from palmette.graph.ops import ChannelAffine, module_of, op_name, remove_dead
+from palmette.graph.paths import Element, Path, Reader
+from palmette.graph.rewrite import absorb, absorb_target, describe_map, merge, narrow
+from palmette.graph.segments import Merged, for_timing, input_shape, signature, unmerged
+from palmette.graph.sites import element_macs, positions
+
+if TYPE_CHECKING:
+    from palmette.meter.table import CostTable
+
+GAIN = 0.98
+"""A merge must bring the measured time below this share of what it replaces."""
+
+
+@dataclass(frozen=True)
+class MergeRecord:
+    """One merge, done or refused. `members`: paths merged into `result`; `worst_error`: largest relative error of the merged
+    operation against what it replaces, in float64 (`worst_error_float32`: in float32); MACs per sample; ms at batch 1 when measured.
+    """
+
+    members: tuple[str, ...]
+    result: str
+    done: bool
+    reason: str
+    exactness: str
+    worst_error: float
+    worst_error_float32: float
+    macs_before: int
+    macs_after: int
+    ms_before: float | None = None
+    ms_after: float | None = None
+
+
+@dataclass
+class CollapseRecord:
+    """What `collapse` did: merges, former activations absorbed elsewhere, dead channels deleted."""
+
+    merges: list[MergeRecord] = field(default_factory=list)
+    narrowed: list[dict[str, Any]] = field(default_factory=list)
+    absorbed: list[str] = field(default_factory=list)
+    cost: str = ""
+
+    @property
+    def done(self) -> list[MergeRecord]:
+        """The merges that were done."""
+        return [m for m in self.merges if m.done]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return {"merges": [asdict(m) for m in self.merges], "narrowed": self.narrowed, "absorbed": self.absorbed, "cost": self.cost}
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.done)} of {len(self.merges)} merges done (cost: {self.cost})"]
+        for m in self.merges:
+            state = f"{m.exactness}, error {m.worst_error:.1e}" if m.done else f"refused: {m.reason}"
+            lines.append(f"  {' + '.join(m.members)}: {m.macs_before / 1e6:.2f} -> {m.macs_after / 1e6:.2f} M MACs, {state}")
+        return "\n".join(lines)
+
+
+@dataclass
+class _Choice:
+    elements: Path
+    merged: Affine
+    exactness: str
+    before: float
+    after: float
+
+
+def collapse(
+    edited: nn.Module, cost: str | CostTable = "onnxruntime", force: bool = False, allow_inexact: bool = False
+) -> tuple[fx.GraphModule, CollapseRecord]:
+    """The smaller plain module that computes what `edited` computes in eval mode, and a record of every merge.
+
+    Uses the current (healed) weights of `edited`, which stays untouched. `cost`: "macs", a runtime ("eager", "onnxruntime") that is
+    timed at batch 1, or a stored cost table; merges that do not lower it are refused unless `force`. Merges that would change border
+    pixels are refused unless `allow_inexact`. Algebra in float64.
+    Raises InputError if `edited` did not come from Plan.apply.
+    """
+    if not is_captured(edited):
+        raise InputError("collapse needs a network that Plan.apply returned", fix="Call plan.apply(model, example_inputs) first.")
+    gm: fx.GraphModule = copy.deepcopy(edited)  # type: ignore[assignment]
+    table = None if cost == "macs" or force else _table(cost)
+    record = CollapseRecord(cost="forced" if force else cost if isinstance(cost, str) else table.runtime if table else "macs")
+    worker = _Worker(gm, record, table, force, allow_inexact, gm.meta["palmette"].get("pad", "exact"))
+    decisions = worker.run()
+    remove_dead(gm)
+    gm.meta["palmette"]["decisions"] = [*gm.meta["palmette"].get("decisions", []), *decisions]
+    gm.meta["palmette"]["collapsed"] = True
+    set_shapes(gm, make_inputs(gm.meta["palmette"]["inputs"]))
+    return gm, record
+
+
+def _table(cost: str | CostTable) -> CostTable:
+    from palmette.meter.table import CostTable
+
+    return CostTable(cost) if isinstance(cost, str) else cost
+
+
+class _Worker:
+    def __init__(
+        self, gm: fx.GraphModule, record: CollapseRecord, table: CostTable | None, force: bool, allow_inexact: bool, pad: str
+    ) -> None:
+        self.gm, self.record, self.table = gm, record, table
+        self.force, self.allow_inexact, self.pad = force, allow_inexact, pad
+
+    def run(self) -> list[dict[str, Any]]:
+        decisions: list[dict[str, Any]] = []
+        reader = Reader(self.gm)
+        chosen = [choice for path in reader.paths() for run in linear_runs(path) for choice in self._choose(reader, run)]
+        for choice in chosen:
+            decisions.append(self._merge(reader, choice))
+            reader = Reader(self.gm)
+        for decision in self._narrowings(Reader(self.gm)):
+            narrow(self.gm, decision)
+            decisions.append(decision)
+            self.record.narrowed.append({"producer": decision["producer"], "kept": len(decision["keep"]), "of": decision["of"]})
+        for node in list(self.gm.graph.nodes):
+            if isinstance(module_of(self.gm, node), ChannelAffine):
+                decision = {"type": "absorb", "affine": node.meta["path"], "into": absorb_target(Reader(self.gm), node)}
+                absorb(self.gm, decision)
+                decisions.append(decision)
+                self.record.absorbed.append(str(decision["affine"]))
+        return decisions
+
+    # -- which merges ---------------------------------------------------------------------------------------------------
+
+    def _choose(self, reader: Reader, run: Path) -> list[_Choice]:
+        """The best set of disjoint merges of neighbouring elements: most gain, or with `force` most operations gone."""
+        n = len(run)
+        options: dict[tuple[int, int], _Choice] = {}
+        worth: dict[tuple[int, int], float] = {}
+        refused: list[MergeRecord] = []
+        for i in range(n):
+            for j in range(i + 1, n):
+                choice, why = self._option(reader, run[i : j + 1])
+                if isinstance(choice, _Choice) and (self.force or self._pays(choice)):
+                    options[i, j] = choice
+                    worth[i, j] = float(j - i) if self.force else choice.before - choice.after
+                elif (i, j) == (0, n - 1) or j == i + 1:
+                    refused.append(self._refusal(reader, run[i : j + 1], choice, why))
+        best: list[tuple[float, list[tuple[int, int]]]] = [(0.0, [])]
+        for j in range(n):
+            candidates = [best[j]]
+            candidates += [(best[i][0] + worth[i, j], [*best[i][1], (i, j)]) for i in range(j) if (i, j) in options]
+            best.append(max(candidates, key=lambda c: c[0]))
+        taken = best[n][1]
+        covered = {k for i, j in taken for k in range(i, j + 1)}
+        paths = {e.path: k for k, e in enumerate(run)}
+        self.record.merges += [r for r in refused if not {paths[m] for m in r.members} <= covered]
+        return [options[t] for t in taken]
+
+    def _option(self, reader: Reader, elements: Path) -> tuple[_Choice | None, str]:
+        maps = [reader.affine(e) for e in elements]
+        merged, exactness = maps[0], "exact" if self.pad != "repad" or maps[0].rank == 0 or not maps[0].padded else "repad"
+        for m in maps[1:]:
+            why = inexact_reason(merged, m)
+            if why and self.pad == "bias_map" and can_carry_edge(merged):
+                merged, exactness, why = with_edge(merged), "bias_map", ""
+            if why and not self.allow_inexact:
+                return None, why
+            exactness = "approx" if why else exactness
+            merged = compose(merged, m)
+        before, after = float(sum(element_macs(reader, e) for e in elements)), float(merged.weight.numel() * positions(elements[-1]))
+        if self.table is not None and self.table.runtime != "macs":
+            key = f"{signature(reader, elements)} -> {describe_map(merged)}"
+            twins = for_timing(unmerged(reader, elements)), Merged(merged, like=_like(reader, elements)).eval()
+            example = make_inputs({"shape": input_shape(elements[0]), "dtype": str(_like(reader, elements).dtype).removeprefix("torch.")})
+            before, after = self.table.compare(key, *twins, example)
+        return _Choice(elements, merged, exactness, before, after), ""
+
+    def _pays(self, choice: _Choice) -> bool:
+        timed = self.table is not None and self.table.runtime != "macs"
+        return choice.after < GAIN * choice.before if timed else choice.after <= choice.before
+
+    def _refusal(self, reader: Reader, elements: Path, choice: _Choice | None, why: str) -> MergeRecord:
+        macs = sum(element_macs(reader, e) for e in elements)
+        members = tuple(e.path for e in elements)
+        if choice is None:
+            return MergeRecord(members, "", False, why, "", 0.0, 0.0, macs, macs)
+        after = choice.merged.weight.numel() * positions(elements[-1])
+        timed = self.table is not None and self.table.runtime != "macs"
+        unit = "ms" if timed else "MACs"
+        reason = f"it would not pay: {choice.before:.4g} -> {choice.after:.4g} {unit}"
+        ms = (choice.before, choice.after) if timed else (None, None)
+        return MergeRecord(members, "", False, reason, choice.exactness, 0.0, 0.0, macs, after, *ms)
+
+    # -- doing it -------------------------------------------------------------------------------------------------------
+
+    def _merge(self, reader: Reader, choice: _Choice) -> dict[str, Any]:
+        elements, merged = choice.elements, choice.merged
+        nodes = [n for e in elements for n in e.nodes]
+        worst, worst32 = errors(unmerged(reader, elements), Merged(merged, like=merged.weight), input_shape(elements[0]), _like(reader, elements))
+        macs_before = sum(element_macs(reader, e) for e in elements)
+        macs_after = merged.weight.numel() * positions(elements[-1])
+        skip = self._skip(nodes, merged)
+        if skip is not None:
+            merged = plus_skip(merged)
+        norm = None if merged.rank else self._norm(nodes[0])
+        if norm is not None:
+            module: Any = module_of(self.gm, norm)
+            offset = torch.zeros_like(module.weight) if module.bias is None else module.bias
+            merged = compose(diagonal(module.weight.detach(), offset.detach(), 0), merged)
+        first = elements[0].main
+        result = str(first.target) if first.op == "call_module" else "merged." + elements[0].path.replace(".", "_").replace("#", "_")
+        decision = {
+            "type": "merge",
+            "nodes": [n.meta["path"] for n in nodes],
+            "map": describe_map(merged),
+            "result": result,
+            "skip": skip.meta["path"] if skip else None,
+            "norm": norm.meta["path"] if norm else None,
+        }
+        merge(self.gm, decision, merged)
+        timed = self.table is not None and self.table.runtime != "macs"
+        ms = (choice.before, choice.after) if timed else (None, None)
+        members = tuple(e.path for e in elements)
+        reason = "skip absorbed" if skip else ""
+        self.record.merges.append(MergeRecord(members, result, True, reason, choice.exactness, worst, worst32, macs_before, macs_after, *ms))
+        return decision
+
+    def _skip(self, nodes: list[fx.Node], merged: Affine) -> fx.Node | None:
+        """The addition x + run(x) behind the run, if the identity can go into the kernel."""
+        users = list(nodes[-1].users)
+        if len(users) != 1 or op_name(users[0]) != "add" or len(users[0].args) != 2 or users[0].kwargs or skip_reason(merged):
+            return None
+        other = [a for a in users[0].args if a is not nodes[-1]]
+        return users[0] if other == [nodes[0].args[0]] else None
+
+    def _norm(self, first: fx.Node) -> fx.Node | None:
+        """A layer norm over the last axis that only the merged linear reads, with a scale to fold."""
+        source: Any = first.args[0]
+        module = module_of(self.gm, source)
+        if not isinstance(module, nn.LayerNorm) or module.weight is None or len(module.normalized_shape) != 1 or len(source.users) != 1:
+            return None
+        calls = sum(str(n.target) == str(source.target) for n in self.gm.graph.nodes if n.op == "call_module")
+        return source if calls == 1 else None
+
+    def _narrowings(self, reader: Reader) -> list[dict[str, Any]]:
+        """Dead channels of former activations that were not merged: rows and columns that can go."""
+        found = []
+        for path in reader.paths():
+            for producer, consumer in zip(path, path[1:], strict=False):
+                affine = producer.links[0] if producer.links else None
+                if isinstance(affine, fx.Node) and len(producer.links) == 1 and producer.nodes[-1] is affine:
+                    decision = self._narrowing(reader, producer, consumer, affine)
+                    if decision is not None:
+                        found.append(decision)
+        return found
+
+    def _narrowing(self, reader: Reader, producer: Element, consumer: Element, affine: fx.Node) -> dict[str, Any] | None:
+        module: Any = module_of(self.gm, affine)
+        dead = module.slope.detach() == 0
+        plain = all(e.main.op == "call_module" and reader.is_affine(e.main) and reader.shape_of(e).groups == 1 for e in (producer, consumer))
+        if not plain or not bool(dead.any()) or bool(dead.all()) or reader.shape_of(consumer).in_channels != len(dead):
+            return None
+        if reader.shape_of(consumer).padded and bool((module.offset.detach()[dead] != 0).any()):
+            return None
+        return {
+            "type": "narrow",
+            "producer": producer.path,
+            "tail": [n.meta["path"] for n in producer.tail],
+            "affine": affine.meta["path"],
+            "consumer": consumer.path,
+            "keep": torch.nonzero(~dead).flatten().tolist(),
+            "of": len(dead),
+        }
+
+
+def _like(reader: Reader, elements: Path) -> Tensor:
+    for e in elements:
+        if reader.is_affine(e.main):
+            return reader.parameters(e.main)[0]
+    return next(reader.gm.parameters())
+
+
+def errors(before: nn.Module, after: nn.Module, shape: list[int], like: Tensor) -> tuple[float, float]:
+    """Largest relative error of `after` against `before` on noise, in float64 and in float32."""
+    x = torch.randn([2, *shape[1:]], generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(like.device)
+    result = []
+    for dtype in (torch.float64, torch.float32):
+        with torch.no_grad():
+            a = copy.deepcopy(before).to(like.device, dtype).eval()(x.to(dtype))
+            b = copy.deepcopy(after).to(like.device, dtype).eval()(x.to(dtype))
+        result.append(float((a - b).abs().max() / a.abs().max().clamp_min(1e-300)))
+    return result[0], result[1]

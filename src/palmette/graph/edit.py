@@ -1,0 +1,141 @@
+"""Apply edits to a captured graph: linearise an activation, drop a block, move zero padding to the front of what will merge."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx, nn
+
+from palmette.errors import PlanError, RefusedEdit
+from palmette.graph.activations import find_activations
+from palmette.graph.blocks import find_blocks
+from palmette.graph.ops import ChannelAffine, module_of, remove_dead, set_module
+from palmette.graph.paths import Element, Path, Reader, conv_settings
+from palmette.graph.sites import activation_sites, site_axis
+
+if TYPE_CHECKING:
+    from palmette.graph.plan import Edit
+
+
+def apply_edit(gm: fx.GraphModule, edit: Edit, pad: str) -> None:
+    """Do one edit in place. Raises PlanError if the site is not there, RefusedEdit with the reason if it cannot be done."""
+    (_linearize if edit.kind == "linearize" else _drop)(gm, edit, pad)
+
+
+def _linearize(gm: fx.GraphModule, edit: Edit, pad: str) -> None:
+    activation = next((a for a in find_activations(gm) if a.path == edit.site), None)
+    if activation is None:
+        raise PlanError(f"No activation is called '{edit.site}'", fix="List the sites with `palmette sites` or pm.find_sites.")
+    if not edit.force:
+        site = next(s for s in activation_sites(gm, pad) if s.path == edit.site)
+        if not site.removable:
+            raise RefusedEdit(f"'{edit.site}' cannot be linearised", why=site.reason)
+    axis = site_axis(gm, activation)
+    channels = activation.output.meta["shape"][axis]
+    reference: torch.Tensor = next(gm.parameters())
+    slope = torch.ones(channels) if edit.slope is None else torch.tensor(edit.slope, dtype=torch.float64)
+    offset = torch.zeros(channels) if edit.offset is None else torch.tensor(edit.offset, dtype=torch.float64)
+    if slope.numel() != channels:
+        raise PlanError(f"The edit of '{edit.site}' has {slope.numel()} slopes for {channels} channels", fix="Fit the plan on this model.")
+    module = ChannelAffine(slope.to(reference), offset.to(reference), axis, trainable=edit.fit == "affine")
+    path = "linearized." + edit.site.replace(".", "_").replace("#", "_")
+    set_module(gm, path, module.train(gm.training))
+    with gm.graph.inserting_after(activation.output):
+        node = gm.graph.call_module(path, (activation.source,))
+    node.meta.update(activation.output.meta, path=path)
+    activation.output.replace_all_uses_with(node)
+    remove_dead(gm)
+
+
+def _drop(gm: fx.GraphModule, edit: Edit, pad: str) -> None:
+    block = next((b for b in find_blocks(gm) if b.path == edit.site), None)
+    if block is None:
+        raise PlanError(f"No block is called '{edit.site}'", fix="List the sites with `palmette sites` or pm.find_sites.")
+    if block.reason:
+        raise RefusedEdit(f"Block '{edit.site}' cannot be dropped", why=block.reason)
+    block.output.replace_all_uses_with(block.source)
+    remove_dead(gm)
+
+
+def repad(gm: fx.GraphModule) -> None:
+    """Move the zero padding of every run of operations joined by linearised activations to the run's first one (spec depth 9.2)."""
+    reader = Reader(gm)
+    for path in reader.paths():
+        for run in linear_runs(path):
+            _repad_run(reader, run)
+    gm.recompile()
+
+
+def linear_runs(path: Path) -> list[Path]:
+    """Maximal stretches of at least two elements joined by linearised activations."""
+    runs: list[Path] = []
+    current: Path = []
+    for element in path:
+        current.append(element)
+        if not element.linear_link:
+            runs.append(current)
+            current = []
+    runs.append(current)
+    return [r for r in runs if len(r) > 1]
+
+
+def _repad_run(reader: Reader, run: Path) -> None:
+    shapes = [reader.shape_of(e) for e in run]
+    if run[0].rank == 0 or not any(s.padded for s in shapes[1:]):
+        return
+    before, after = list(shapes[0].before), list(shapes[0].after)
+    stride = [1] * run[0].rank
+    for previous, shape in zip(shapes, shapes[1:], strict=False):
+        for d in range(run[0].rank):
+            stride[d] *= previous.stride[d]
+            before[d] += stride[d] * shape.before[d]
+            after[d] += stride[d] * shape.after[d]
+    first = run[0] if reader.is_affine(run[0].main) else None
+    for element in run[1:]:
+        set_padding(reader, element, (0,) * element.rank, (0,) * element.rank)
+    if first is not None:
+        set_padding(reader, first, tuple(before), tuple(after))
+    else:
+        insert_pad(reader.gm, run[0].nodes[0], before, after)
+
+
+def set_padding(reader: Reader, element: Element, before: tuple[int, ...], after: tuple[int, ...]) -> None:
+    """Give a convolution this zero padding and no other; uneven padding becomes a padding node in front of it."""
+    gm, node = reader.gm, element.main
+    for pad in element.pads:
+        pad.replace_all_uses_with(pad.all_input_nodes[0])
+        gm.graph.erase_node(pad)
+        element.nodes.remove(pad)
+    element.pads.clear()
+    if not reader.is_affine(node):
+        return
+    even = before == after
+    _write_padding(gm, node, element.rank, before if even else (0,) * element.rank)
+    if not even:
+        element.pads.append(insert_pad(gm, node, list(before), list(after)))
+    reader._kinds.pop(node, None)
+
+
+def insert_pad(gm: fx.GraphModule, node: fx.Node, before: list[int], after: list[int]) -> fx.Node:
+    """A zero-padding node in front of `node`."""
+    source = node.args[0]
+    sizes = [v for pair in zip(reversed(before), reversed(after), strict=True) for v in pair]
+    with gm.graph.inserting_before(node):
+        pad = gm.graph.call_function(torch.ops.aten.constant_pad_nd.default, (source, sizes, 0.0))
+    spatial = [n + b + a for n, b, a in zip(source.meta["shape"][2:], before, after, strict=True)]  # type: ignore[union-attr]
+    pad.meta.update(shape=(*source.meta["shape"][:2], *spatial), dtype=node.meta["dtype"], path=f"{node.meta['path']}.pad")  # type: ignore[union-attr]
+    node.replace_input_with(source, pad)  # type: ignore[arg-type]
+    return pad
+
+
+def _write_padding(gm: fx.GraphModule, node: fx.Node, rank: int, padding: tuple[int, ...]) -> None:
+    module: Any = module_of(gm, node)
+    if isinstance(module, nn.Module):
+        module.padding = padding
+        module._reversed_padding_repeated_twice = [p for p in reversed(padding) for _ in range(2)]
+        return
+    stride, _, _, dilation, groups = conv_settings(gm, node, rank)
+    args: list[Any] = [*node.args[:3], *[None][len(node.args) - 2 :]] if len(node.args) < 3 else list(node.args[:3])
+    node.args = (*args, list(stride), list(padding), list(dilation), groups)
+

@@ -1,0 +1,129 @@
+"""Watch tensors inside a captured graph during one pass over calibration data, in eval mode."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from palmette.errors import DataError, PlanError
+from palmette.graph.activations import find_activations
+from palmette.graph.blocks import find_blocks
+from palmette.graph.inputs import call, inputs_of, to_device
+
+Watcher = Callable[[Tensor, Tensor], None]
+"""Receives what goes into a site and what comes out of it, both [batch, ...]."""
+
+
+class _Probe(nn.Module):
+    def __init__(self, watch: Watcher) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def forward(self, before: Tensor, after: Tensor) -> Tensor:
+        self.watch(before, after)
+        return after
+
+
+def instrument(gm: fx.GraphModule, watchers: Mapping[str, Watcher]) -> fx.GraphModule:
+    """A twin of `gm` with the same weights that calls a watcher at each named activation or block.
+
+    Raises PlanError for a path that is no site of the graph.
+    """
+    twin = fx.GraphModule(gm, _copied(gm.graph))
+    twin.meta.update(gm.meta)
+    ends = {b.path: (b.source, b.output) for b in find_blocks(twin)} | {a.path: (a.source, a.output) for a in find_activations(twin)}
+    for i, (path, watch) in enumerate(watchers.items()):
+        if path not in ends:
+            raise PlanError(f"No site is called '{path}'", fix="List the sites with `palmette sites` or pm.find_sites.")
+        source, output = ends[path]
+        name = f"palmette_probe_{i}"
+        twin.add_module(name, _Probe(watch))
+        with twin.graph.inserting_after(output):
+            probe = twin.graph.call_module(name, (source, output))
+        probe.meta.update(output.meta, path=name)
+        output.replace_all_uses_with(probe, delete_user_cb=lambda u, p=probe: u is not p)
+    twin.recompile()
+    return twin
+
+
+def _copied(graph: fx.Graph) -> fx.Graph:
+    copied = fx.Graph(tracer_cls=getattr(graph, "_tracer_cls", None))
+    output = copied.graph_copy(graph, val_map := {}, return_output_node=True)
+    if output is not None:
+        value, old = output  # type: ignore[misc]
+        node = copied.output(value)
+        node.meta.update(old.meta)
+    for old_node, new_node in val_map.items():
+        new_node.meta.update(old_node.meta)
+    copied.set_codegen(graph._codegen)
+    return copied
+
+
+def observe(gm: fx.GraphModule, watchers: Mapping[str, Watcher], loader: Iterable[Any], *, max_batches: int | None = None) -> int:
+    """Run `gm` once over `loader` in eval mode and call the watchers at every batch; returns the number of batches.
+
+    Raises DataError if the loader is empty.
+    """
+    twin = instrument(gm, watchers)
+    modes = {m: m.training for m in twin.modules()}
+    device = next((p.device for p in twin.parameters()), torch.device("cpu"))
+    count = 0
+    try:
+        twin.eval()
+        with torch.no_grad():
+            for batch in itertools.islice(loader, max_batches):
+                call(twin, to_device(inputs_of(batch), device))
+                count += 1
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    if count == 0:
+        raise DataError("The calibration loader is empty", fix="Give it at least one batch.")
+    return count
+
+
+class Moments:
+    """Per-channel first and second moments of an activation's input z and output y, in float64."""
+
+    def __init__(self, axis: int) -> None:
+        self.axis = axis
+        self.count = 0
+        self.sums: Tensor | None = None  # [5, C]: z, y, z*z, z*y, y*y
+
+    def __call__(self, before: Tensor, after: Tensor) -> None:
+        z = before.detach().transpose(self.axis, -1).reshape(-1, before.shape[self.axis]).double()  # [positions, C]
+        y = after.detach().transpose(self.axis, -1).reshape(-1, after.shape[self.axis]).double()
+        if self.sums is None:
+            self.sums = z.new_zeros(5, z.shape[1])
+        self.sums += torch.stack([z.sum(0), y.sum(0), (z * z).sum(0), (z * y).sum(0), (y * y).sum(0)])
+        self.count += z.shape[0]
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """Least-squares slope and offset [C] of y = slope * z + offset (spec depth 13.11); a constant z gives slope 0."""
+        z, y, zz, zy, _ = self._means()
+        variance = (zz - z * z).clamp_min(0)
+        steady = variance <= 1e-12 * (zz + 1e-300)
+        slope = torch.where(steady, torch.zeros_like(z), (zy - z * y) / torch.where(steady, torch.ones_like(z), variance))
+        return slope, y - slope * z
+
+    def mask(self) -> tuple[Tensor, Tensor]:
+        """Slope 1 where the channel is mostly on (mean z > 0), else 0; no offset (spec depth 5)."""
+        z = self._means()[0]
+        return (z > 0).double(), torch.zeros_like(z)
+
+    def residual(self) -> float:
+        """Relative squared error of the affine fit, over all channels: 0 for a linear activation."""
+        _, y, _, _, yy = self._means()
+        slope, offset = self.affine()
+        z, _, zz, zy, _ = self._means()
+        error = yy - 2 * slope * zy - 2 * offset * y + slope**2 * zz + 2 * slope * offset * z + offset**2
+        return float(error.clamp_min(0).sum() / yy.sum().clamp_min(1e-300))
+
+    def _means(self) -> tuple[Tensor, ...]:
+        if self.sums is None:
+            raise DataError("No calibration data has been seen")
+        return tuple(self.sums / self.count)

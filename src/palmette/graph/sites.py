@@ -1,0 +1,246 @@
+"""Find what can be changed in a network: activations, residual blocks and spans, from its graph alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import fx, nn
+
+from palmette.errors import PlanError
+from palmette.graph.activations import Activation, find_activations
+from palmette.graph.affine import can_carry_edge, compose, inexact_reason, with_edge
+from palmette.graph.blocks import Block, find_blocks, find_spans
+from palmette.graph.capture import capture
+from palmette.graph.ops import is_state, module_of, op_name, skip_transparent
+from palmette.graph.paths import Element, Path, Reader, channel_axis
+
+if TYPE_CHECKING:
+    from palmette.meter.table import CostTable
+
+POLICIES = ("repad", "exact", "bias_map")
+"""What may be done about zero padding between merged convolutions (spec depth 9.2)."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place of a network that can be changed.
+
+    kind: "activation" (one call of a nonlinearity), "block" (residual, one input and one output) or "span" (consecutive blocks,
+    listed in `members`). `producer` and `consumers`: paths of the affine operations around an activation. `exactness`: "exact", or
+    the padding policy that makes its merge exact. `partners`: activations that pay only together, this one included.
+    `macs_saved` per sample (negative when the merge costs more), `ms_saved` when a cost table measured it.
+    """
+
+    kind: str
+    path: str
+    op: str = ""
+    producer: str | None = None
+    consumers: tuple[str, ...] = ()
+    channel_axis: int | None = None
+    shape: tuple[int, ...] = ()
+    removable: bool = False
+    reason: str = ""
+    exactness: str = ""
+    partners: tuple[str, ...] = ()
+    macs_saved: int = 0
+    ms_saved: float | None = None
+    members: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        state = f"saves {self.macs_saved / 1e6:.2f} M MACs, {self.exactness or 'exact'}" if self.removable else f"fixed: {self.reason}"
+        return f"{self.kind:<10} {self.path:<40} {self.op:<10} {state}"
+
+
+def find_sites(model: nn.Module, example_inputs: Any, *, cost: CostTable | None = None, pad: str = "repad") -> list[Site]:
+    """Every site of `model` in execution order: activations, then blocks, then spans.
+
+    With a cost table the removable ones also carry measured `ms_saved`. Raises CaptureError if the model does not trace.
+    """
+    gm = capture(model, example_inputs)
+    sites = activation_sites(gm, pad) + block_sites(gm)
+    if cost is None:
+        return sites
+    from palmette.graph.candidates import with_measured_gain
+
+    return with_measured_gain(gm, example_inputs, sites, cost, pad)
+
+
+def activation_sites(gm: fx.GraphModule, pad: str = "repad") -> list[Site]:
+    """The activations of a captured graph as sites."""
+    if pad not in POLICIES:
+        raise PlanError(f"Unknown padding policy '{pad}'", fix=f"Use one of {', '.join(POLICIES)}.")
+    activations = find_activations(gm)
+    reader = Reader(gm, activations)
+    paths = reader.paths()
+    around = {a: (path[i], path[i + 1] if i + 1 < len(path) else None) for path in paths for i, e in enumerate(path) for a in e.links}
+    windows = paying_windows(reader, paths, pad)
+    return [_activation_site(reader, a, *around.get(a, (None, None)), windows.get(a), pad) for a in activations]
+
+
+def _activation_site(
+    reader: Reader, activation: Activation, before: Element | None, after: Element | None, window: Window | None, pad: str
+) -> Site:
+    before = before if before is not None and before.nodes else None
+    exactness = ""
+    if before is not None and after is not None:
+        exactness, reason = exactness_of(reader, [before, after], pad)
+    else:
+        reason = _barrier(reader, activation, before)
+    saved = window.macs_saved if window else macs_saved(reader, [before, after], pad) if before and after and not reason else 0
+    return Site(
+        "activation",
+        activation.path,
+        activation.op,
+        before.path if before else None,
+        (after.path,) if after else (),
+        site_axis(reader.gm, activation),
+        tuple(activation.output.meta["shape"][1:]),
+        not reason,
+        reason,
+        exactness,
+        tuple(a.path for a in window.activations) if window else (activation.path,),
+        saved,
+    )
+
+
+@dataclass(frozen=True)
+class Window:
+    """Neighbouring elements that pay when they become one, with the activations between them."""
+
+    elements: tuple[Element, ...]
+    activations: tuple[Activation, ...]
+    macs_saved: int
+
+
+def paying_windows(reader: Reader, paths: list[Path], pad: str) -> dict[Activation, Window]:
+    """For each activation the cheapest-to-reach window whose merge saves MACs: the shortest, then the one that saves most."""
+    best: dict[Activation, Window] = {}
+    for path in paths:
+        for length in range(2, len(path) + 1):
+            for i in range(len(path) - length + 1):
+                window = _window(reader, path[i : i + length], pad)
+                for a in window.activations if window else ():
+                    old = best.get(a)
+                    if window and (old is None or (len(old.elements) == length and old.macs_saved < window.macs_saved)):
+                        best[a] = window
+    return {a: w for a, w in best.items() if all(best.get(b) is w for b in w.activations)}
+
+
+def _window(reader: Reader, elements: Path, pad: str) -> Window | None:
+    inner = [link for e in elements[:-1] for link in e.links]
+    if not all(e.linear_link and e.nodes for e in elements[:-1]) or not all(isinstance(a, Activation) for a in inner):
+        return None
+    if exactness_of(reader, elements, pad)[1]:
+        return None
+    saved = macs_saved(reader, elements, pad)
+    return Window(tuple(elements), tuple(a for a in inner if isinstance(a, Activation)), saved) if saved > 0 else None
+
+
+def macs_saved(reader: Reader, elements: Path, pad: str = "repad") -> int:
+    """MACs per sample that one merged operation saves over `elements` (negative: it costs more)."""
+    maps = [reader.shape_of(e) for e in elements]
+    before = sum(element_macs(reader, e) for e in elements)
+    merged = maps[0]
+    for m in maps[1:]:
+        merged = compose(with_edge(merged) if pad == "bias_map" and inexact_reason(merged, m) and can_carry_edge(merged) else merged, m)
+    return before - merged.weight.numel() * positions(elements[-1])
+
+
+def element_macs(reader: Reader, element: Element) -> int:
+    """MACs per sample of an element; a norm or a per-channel map counts none."""
+    if not reader.is_affine(element.main):
+        return 0
+    return reader.parameters(element.main)[0].numel() * positions(element)
+
+
+def positions(element: Element) -> int:
+    """Output positions per sample: pixels of a convolution, tokens of a linear layer."""
+    shape = element.main.meta["shape"]
+    return math.prod(shape[2:] if element.rank else shape[1:-1])
+
+
+def block_sites(gm: fx.GraphModule) -> list[Site]:
+    """The residual blocks and spans of a captured graph as sites."""
+    blocks = find_blocks(gm)
+    macs = {b.path: block_macs(gm, b) for b in blocks}
+    sites = [
+        Site("block", b.path, "", None, (), None, tuple(b.source.meta["shape"][1:]), not b.reason, b.reason, "exact", (b.path,), macs[b.path])
+        for b in blocks
+    ]
+    for span in find_spans(gm, blocks):
+        members = tuple(b.path for b in span)
+        shape, saved = tuple(span[0].source.meta["shape"][1:]), sum(macs[m] for m in members)
+        path = f"{members[0]}..{members[-1]}"
+        sites.append(Site("span", path, "", None, (), None, shape, True, "", "exact", (path,), saved, None, members))
+    return sites
+
+
+def block_macs(gm: fx.GraphModule, block: Block) -> int:
+    """MACs per sample of the convolutions and linears inside a block."""
+    reader = Reader(gm)
+    return sum(element_macs(reader, Element(n, _rank(reader, n))) for n in block.region if reader.is_affine(n))
+
+
+def _rank(reader: Reader, node: fx.Node) -> int:
+    linear = op_name(node) == "linear" or isinstance(module_of(reader.gm, node), nn.Linear)
+    return 0 if linear else len(node.meta["shape"]) - 2
+
+
+def _barrier(reader: Reader, activation: Activation, before: Element | None) -> str:
+    """In words, why nothing can be merged across the activation."""
+    source = skip_transparent(reader.gm, activation.source)
+    if before is None:
+        if len([u for u in activation.source.users if u not in activation.region]):
+            return "nothing mergeable: its input is also read elsewhere"
+        why = reader.weight_reason(source) if reader.is_affine(source) else ""
+        return "nothing mergeable: " + (why or f"its input comes from '{_describe(source)}', not from a convolution, linear or norm")
+    users = [u for u in _readers(reader, activation.output) if u.op != "output"]
+    if len(users) != 1:
+        return f"nothing mergeable: {len(users)} operations read it" if users else "nothing mergeable: it is the network's output"
+    why = reader.weight_reason(users[0]) if reader.is_affine(users[0]) else ""
+    return "nothing mergeable: " + (why or f"'{_describe(users[0])}' reads it, not a convolution or linear of the same kind")
+
+
+def _readers(reader: Reader, node: fx.Node) -> list[fx.Node]:
+    users = list(node.users)
+    while len(users) == 1 and reader.kind(users[0]) in ("through", "pad"):
+        users = list(users[0].users)
+    return users
+
+
+def _describe(node: fx.Node) -> str:
+    target = getattr(node.target, "_schema", None)
+    name = str(target.name).split("::")[-1] if target is not None else str(node.target)
+    return f"{name}" if node.op == "call_function" else str(node.meta["path"])
+
+
+def site_axis(gm: fx.GraphModule, activation: Activation) -> int:
+    """Channel axis, inferred from what produced the input; 1 for maps [N,C,H,W] of unknown origin, else the last."""
+    node = activation.source
+    for _ in range(64):
+        node = skip_transparent(gm, node)
+        axis = channel_axis(gm, node)
+        if axis is not None:
+            return axis
+        inputs = [n for n in node.all_input_nodes if n.meta.get("shape") == node.meta.get("shape") and not is_state(n)]
+        if not inputs:
+            break
+        node = inputs[0]
+    return 1 if len(activation.source.meta["shape"]) in (4, 5) else len(activation.source.meta["shape"]) - 1
+
+
+def exactness_of(reader: Reader, elements: Path, pad: str) -> tuple[str, str]:
+    """(exactness class, reason against) of merging `elements` into one under a padding policy; judged without weights."""
+    maps = [reader.shape_of(e) for e in elements]
+    padded = [i for i, m in enumerate(maps) if i and m.padded]
+    if not padded:
+        return "exact", ""
+    if pad == "repad":
+        return "repad", ""
+    pointwise = all(m.pointwise and not m.padded for m in maps[: padded[-1]])
+    if pad == "bias_map" and pointwise:
+        return "bias_map", ""
+    fix = "use pad='bias_map' or 'repad'" if pointwise else "use pad='repad'"
+    return "", f"zero padding of '{elements[padded[0]].path}' sits between the two, a merge would change border pixels ({fix})"
