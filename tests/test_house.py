@@ -179,7 +179,9 @@ def imported(path: Path) -> set[str]:
 def test_nothing_is_pickled(path):
     assert imported(path) & {"cloudpickle", "dill", "marshal", "shelve", "joblib"} == set()
     used = {ast.unparse(node) for node in ast.walk(tree(path)) if isinstance(node, ast.Attribute)}
-    assert {name for name in used if name.startswith("pickle.")} <= {"pickle.UnpicklingError"}  # to say what was refused
+    assert {name for name in used if name.startswith("pickle.")} <= {
+        "pickle.UnpicklingError"
+    }  # to say what was refused
     assert not any(isinstance(node, ast.ImportFrom) and node.module == "pickle" for node in ast.walk(tree(path)))
     assert [call.lineno for call in calls(path, "torch.load") if constant(call, "weights_only") is not True] == []
     assert [call.lineno for call in calls(path, "np.load", "numpy.load") if constant(call, "allow_pickle")] == []
@@ -234,7 +236,12 @@ def test_every_skip_has_a_reason():
         if not any(keyword.arg == "reason" for keyword in call.keywords)
         and (ast.unparse(call.func) in marks or not call.args)
     ]
-    bare = [name(path) for path in CODE for mark in marks if re.search(rf"@{re.escape(mark)}$", path.read_text(), re.MULTILINE)]
+    bare = [
+        name(path)
+        for path in CODE
+        for mark in marks
+        if re.search(rf"@{re.escape(mark)}$", path.read_text(), re.MULTILINE)
+    ]
     assert silent + bare == []
 
 
