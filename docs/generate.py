@@ -137,6 +137,8 @@ def signature_block(name: str, value: Any) -> str:
         signature = inspect.signature(value)
     except ValueError:
         return ""
+    if inspect.isclass(value):
+        signature = signature.replace(return_annotation=inspect.Signature.empty)
     text = f"{name}{clean(str(signature))}"
     if len(text) > 110:
         inner = ",\n    ".join(clean(str(parameter)) for parameter in with_marks(signature))
@@ -163,6 +165,7 @@ def annotation(signature: inspect.Signature) -> str:
 def clean(text: str) -> str:
     """Without quotes around annotations, module prefixes and addresses."""
     text = re.sub(r"(?<=[:>] )'([^']*)'", r"\1", text)
+    text = re.sub(r'(?<=[:>] )"([^"]*)"', r"\1", text)
     text = re.sub(r"<function (\w+) at 0x[0-9a-f]+>", r"\1", text)
     text = re.sub(r"<factory>", "...", text)
     return re.sub(r"\b(?:[a-z_]\w*\.)+(?=[A-Z])", "", text)
