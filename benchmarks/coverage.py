@@ -137,7 +137,7 @@ def check_plan(row: dict[str, Any], family: Family, model: nn.Module, example: A
     done["refused"] = sorted({m.reason for m in record.merges if not m.done})[:4]
     done["parameters"] = sum(p.numel() for p in small.parameters())
     done["float32"] = worst_error(family, edited, small)
-    twin = to_double(edited)
+    twin = plan.apply(copy.deepcopy(model).double(), _cast(example, torch.float64), pad=pad)
     done["float64"] = worst_error(family, twin, graph.collapse(twin, cost="macs", force=True)[0], torch.float64)
     if done["float64"] > FLOAT64_BOUND or done["float32"] > FLOAT32_BOUND:
         return f"errors float64 {done['float64']:.1e}, float32 {done['float32']:.1e} ({pad}, {len(plan)} edits)"
@@ -202,11 +202,6 @@ def relative(reference: Tensor, value: Tensor) -> float:
     """Largest difference relative to the largest reference value."""
     scale = reference.double().abs().max().clamp_min(1e-30)
     return float((reference.double() - value.double()).abs().max() / scale)
-
-
-def to_double(network: nn.Module) -> nn.Module:
-    """A float64 copy of a network."""
-    return copy.deepcopy(network).double()
 
 
 def worst_error(family: Family, edited: nn.Module, small: nn.Module, dtype: torch.dtype = torch.float32) -> float:

@@ -95,7 +95,8 @@ def _wrong_share(reference: Tensor, value: Tensor) -> float:
 
 
 def _convolutions(net: nn.Module) -> list[nn.Conv2d]:
-    return [m for m in net.modules() if isinstance(m, nn.Conv2d)]
+    """Those of the image; under bias_map another one reads a map of ones."""
+    return [m for m in net.modules() if isinstance(m, nn.Conv2d) and m.in_channels > 1]
 
 
 def _merged(small: nn.Module, record: CollapseRecord) -> None:

@@ -114,11 +114,12 @@ class Case:
 
 @dataclass
 class Builder:
-    """Draws the layers of one network; `channels` and `size` follow what has been drawn."""
+    """Draws the layers of one network; `channels` and `size` follow what has been drawn (`slopes`: of a PReLU, if fixed)."""
 
     draw: Callable[..., Any]
     channels: int
     size: int = 12
+    slopes: int = 0
     shared: nn.Module = field(default_factory=nn.ReLU)
     inplace: nn.Module = field(default_factory=lambda: nn.ReLU(inplace=True))
 
@@ -131,7 +132,7 @@ class Builder:
             return self.shared
         if kind == "shared-inplace":
             return self.inplace
-        return nn.PReLU(self.channels, init=0.2) if kind == "prelu" else Act(kind)
+        return nn.PReLU(self.slopes or self.channels, init=0.2) if kind == "prelu" else Act(kind)
 
     def maybe_act(self) -> list[nn.Module]:
         return [self.act()] if self.pick(True, True, True, False) else []
@@ -243,6 +244,7 @@ def cases(draw: Any) -> Case:
     image = draw(st.booleans())
     b = Builder(draw, channels=draw(st.sampled_from([3, 4])))
     x = torch.randn(2, b.channels, 12, 12) if image else torch.randn(2, *draw(st.sampled_from([(), (5,)])), b.channels)
+    b.slopes = int(x.dim() == 3)
     layers: list[nn.Module] = []
     for _ in range(draw(st.integers(1, 3))):
         if image:
@@ -298,9 +300,10 @@ def _batch(case: Case, n: int) -> Tensor:
     return torch.randn(n, *case.x.shape[1:], generator=torch.Generator().manual_seed(n))
 
 
-def check_equal(case: Case, edited: nn.Module, small: nn.Module) -> None:
+def check_equal(case: Case, planned: tuple[Plan, str], edited: nn.Module, small: nn.Module) -> None:
     """Edited and collapsed agree in both precisions, at every batch size."""
-    twin = copy.deepcopy(edited).double()
+    plan, pad = planned
+    twin = plan.apply(copy.deepcopy(case.net).double(), case.x.double(), pad=pad).eval()
     small_twin = collapse(twin, cost="macs", force=True)[0]
     with torch.no_grad():
         for n in (1, 2, 5):
@@ -365,7 +368,7 @@ def check(case: Case, counts: Counter[str]) -> None:
     counts["edited"] += 1
     counts["merged"] += any(m.done for m in record.merges)
     assert all(m.done or m.reason for m in record.merges)
-    check_equal(case, edited, small)
+    check_equal(case, (plan, pad), edited, small)
     check_copies(case, (plan, pad), captured, edited, small)
     check_training(case, edited, small)
 
