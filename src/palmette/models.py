@@ -239,7 +239,10 @@ class ResNet(nn.Module):
 
 def _tokens(shape: Shape, patch: int) -> int:
     if shape[1] % patch or shape[2] % patch:
-        raise InputError(f"images of {shape[1]}x{shape[2]} cannot be cut into patches of {patch}x{patch}")
+        raise InputError(
+            f"images of {shape[1]}x{shape[2]} cannot be cut into patches of {patch}x{patch}",
+            fix=f"Give the data an option such as ?size={8 * patch}",
+        )
     return (shape[1] // patch) * (shape[2] // patch)
 
 

@@ -61,8 +61,8 @@ def resolve_model(
     MissingDependency for a package that is not installed.
     """
     shape = input_shape or declared_shape(spec)
-    if shape is not None and image_size is not None:
-        shape = (shape[0], *_pair(image_size))
+    if image_size is not None:
+        shape = (shape[0] if shape else 3, *_pair(image_size))
     if is_file_spec(spec):
         model, example = _user_model(spec, num_classes)
     else:
@@ -120,11 +120,9 @@ def resolve_pair(
         data, image_size=image_size or (declared[1:] if declared else None), batch_size=batch_size, seed=seed
     )
     example = found.example_inputs
-    shape = image_shape(example)
-    resolved = resolve_model(
-        model, weights, num_classes=num_classes or found.num_classes, input_shape=shape, trust=trust
-    )
-    check_input(resolved.model, example, num_classes=found.num_classes, where=f"{model} on {data}", declared=declared)
+    shape, classes = image_shape(example), num_classes or found.num_classes
+    resolved = resolve_model(model, weights, num_classes=classes, input_shape=shape, trust=trust)
+    check_input(resolved.model, example, num_classes=classes, where=f"{model} on {data}", declared=declared)
     return replace(resolved, example_inputs=example), found
 
 
@@ -177,7 +175,7 @@ def _refused(model: nn.Module, inputs: Example, error: BaseException, where: str
         f"the model refuses images of {_shape(got)}",
         where=where,
         why=f"it accepts {_shape(wanted)} ({why})",
-        fix=f"Write the data with ?{'&'.join(options)}",
+        fix=f"Give the data the options ?{'&'.join(options)}",
     )
 
 

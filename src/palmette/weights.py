@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import struct
+import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -59,14 +61,17 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _read_torch(path: Path) -> dict[str, Tensor]:
     damaged = "weights are truncated or no weights file"
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # advice on pickle protocols, for files that are refused below
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if not _looks_pickled(path):
+        culprit = _culprit(str(error))
+        if culprit is None or not _looks_pickled(path):
             raise InputError(damaged, where=str(path)) from error
         raise InputError(
             "weights file refused",
             where=str(path),
-            why=f"it is a pickle that carries more than tensors, so reading it could run code ({_culprit(error)})",
+            why=f"it is a pickle that carries more than tensors ({culprit}), so reading it could run code",
             fix="Save model.state_dict() with safetensors.torch.save_file, or with torch.save, and use that file",
         ) from error
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
@@ -75,18 +80,17 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
 
 
 def _looks_pickled(path: Path) -> bool:
-    """A zip as torch writes it, or an opening byte of pickle's protocols."""
+    """A zip as torch writes it, or the opening byte of pickle's protocols."""
     with path.open("rb") as file:
         return zipfile.is_zipfile(path) or file.read(1) == b"\x80"
 
 
-def _culprit(error: BaseException) -> str:
-    """The name that the reader stumbled over, from torch's long message."""
-    text = _line(error)
-    for opening in ("GLOBAL ", "Unsupported global: ", "Unsupported class ", "Unsupported operand "):
-        if opening in text:
-            return text.partition(opening)[2].split()[0].rstrip(".,")
-    return text[:120]
+def _culprit(message: str) -> str | None:
+    """What torch's reader refused, from its long message; None where it stumbled over something else."""
+    found = re.search(
+        r"GLOBAL (\S+)|Unsupported class (\S+)|Unsupported (operand \d+)|instantiate class (\S+)", message
+    )
+    return next(name for name in found.groups() if name) if found else None
 
 
 def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:

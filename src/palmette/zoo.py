@@ -154,7 +154,9 @@ def _hugging_face(folder: Path, num_classes: int | None, *, trust: bool) -> nn.M
             if num_classes is not None:
                 config.num_labels = num_classes
             model = auto.from_config(config, trust_remote_code=trust)
-    except (OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError, ImportError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # transformers and its validators raise exceptions of their own
         fix = "Add --trust if you trust its code" if "auto_map" in raw and not trust else None
         raise InputError("transformers cannot load the folder", where=str(folder), why=_line(error), fix=fix) from error
     module: nn.Module = model.float()

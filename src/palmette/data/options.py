@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
@@ -52,17 +53,16 @@ class Options:
         return {"train": self.train, "val": self.val, "test": self.test}[split]
 
 
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise ValueError("must be a whole number")
+    return int(text)
+
+
 def _positive(text: str) -> int:
-    value = int(text)
+    value = _whole(text)
     if value < 1:
         raise ValueError("must be at least 1")
-    return value
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise ValueError("must not be negative")
     return value
 
 
@@ -74,9 +74,10 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _floats(text: str) -> tuple[float, ...]:
-    values = tuple(float(part) for part in text.split(","))
-    if len(values) not in (1, 3):
-        raise ValueError("must be one number or three")
+    parts = text.split(",")
+    if len(parts) not in (1, 3) or not all(re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", part) for part in parts):
+        raise ValueError("must be one number or three, as in 0.5 or 0.49,0.48,0.45")
+    values = tuple(map(float, parts))
     return values
 
 
@@ -108,7 +109,7 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "test": _positive,
     "calibration": _positive,
     "batch": _positive,
-    "workers": _count,
+    "workers": _whole,
 }
 
 
