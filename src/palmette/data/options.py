@@ -77,8 +77,7 @@ def _floats(text: str) -> tuple[float, ...]:
     parts = text.split(",")
     if len(parts) not in (1, 3) or not all(re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", part) for part in parts):
         raise ValueError("must be one number or three, as in 0.5 or 0.49,0.48,0.45")
-    values = tuple(map(float, parts))
-    return values
+    return tuple(map(float, parts))
 
 
 def _deviations(text: str) -> tuple[float, ...]:
