@@ -28,15 +28,16 @@ def demo(
     """
     from palmette.cli.shrink import command_line, show
     from palmette.depth.shrink import shrink
+    from palmette.errors import RunError
     from palmette.models import build
     from palmette.resolve import resolve_data
-    from palmette.run import check_folder
     from palmette.seeding import derive_seed, seeded
     from palmette.train.evaluate import evaluate
     from palmette.train.loop import HealConfig, heal
 
     say = tables.console.print
-    check_folder(run, resume=resume)
+    if (run / "run.json").exists() and not resume:
+        raise RunError("the folder holds a run already", where=str(run), fix="Pass --resume or --run another folder")
     found = resolve_data("digits", seed=seed)
     shape = tuple(found.example_inputs.shape[1:])
     with seeded("demo", seed):

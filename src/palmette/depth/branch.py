@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save
-from torch import Tensor, fx
+from torch import fx
 
 from palmette.depth.session import Session
 from palmette.errors import PlanError, RefusedEdit
-from palmette.files import write_atomic
 from palmette.graph import Candidate, Plan
 from palmette.registry import Method
+from palmette.train.checkpoint import load_checkpoint, load_model_tensors, model_tensors, save_checkpoint
 from palmette.train.loop import heal
 
 Ranking = Callable[[fx.GraphModule, list[Candidate]], dict[str, float]]
@@ -115,7 +114,7 @@ class Branch:
 
         def train() -> dict[str, Any]:
             watched = self._train(number, method)
-            self._store(weights)
+            save_checkpoint(weights, model_tensors(self.network), {"label": self.label, "round": number})
             return {"watched": watched}
 
         self.watched = self.session.run.once(self.stage(number, "heal"), train)["watched"]
@@ -150,25 +149,10 @@ class Branch:
         """The file that holds the healed weights of a round."""
         return self.session.run.path(f"{self.label}-{number:03d}.safetensors")
 
-    def _store(self, path: Path) -> None:
-        seen: dict[tuple[int, int, tuple[int, ...]], str] = {}
-        tensors: dict[str, Tensor] = {}
-        for name, tensor in self.network.state_dict().items():
-            key = (tensor.data_ptr(), tensor.storage_offset(), tuple(tensor.shape))
-            if tensor.numel() == 0 or seen.setdefault(key, name) == name:
-                tensors[name] = tensor.detach().cpu().contiguous()
-        write_atomic(path, save(tensors, metadata={"label": self.label}))
-
     def load(self, number: int) -> None:
-        """Put the healed weights of a round into the network; raises PlanError when they do not fit its structure."""
-        state = load_file(self.weights(number))
-        result = self.network.load_state_dict(state, strict=False)
-        own = self.network.state_dict()
-        shared = {own[name].data_ptr() for name in state}
-        lost = [name for name in result.missing_keys if own[name].numel() and own[name].data_ptr() not in shared]
-        if lost or result.unexpected_keys:
-            names = ", ".join((lost + result.unexpected_keys)[:3])
-            raise PlanError(f"stored weights do not fit the network: {names}", where=str(self.weights(number)))
+        """Put the healed weights of a round into the network; raises RunError when they are damaged or do not fit."""
+        file = self.weights(number)
+        load_model_tensors(self.network, load_checkpoint(file)[0], str(file))
         self.network.eval()
 
     def at(self, number: int) -> Branch:

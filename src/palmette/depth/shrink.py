@@ -24,8 +24,7 @@ from palmette.depth.outcome import finish, ranking_rows
 from palmette.depth.rounds import expected_seconds, rank, search, summary, target_ms
 from palmette.depth.session import Calibration, Session, Settings, check_protected, example_from, first_inputs
 from palmette.errors import InputError, PalmetteError
-from palmette.files import read_json
-from palmette.graph import CollapseRecord, Plan, Verification, capture, find_sites
+from palmette.graph import CollapseRecord, Plan, Verification, capture, find_sites, weights_hash
 from palmette.graph.inputs import Example, batch_size, with_batch
 from palmette.meter.table import CostTable
 from palmette.registry import Method, MethodConfig, get_method
@@ -118,14 +117,10 @@ def shrink(
     _check_sites(dense, example, chosen.kind(options))
     keep = None if run_dir is None or dry_run else Path(run_dir)
     described = {**asdict(settings), "method": chosen.name, "options": asdict(options), "protect": list(protect)}
+    described |= {"heal": (heal or HealConfig()).recipe(), "network": weights_hash(model.state_dict())}
+    command = (names or {}).get("command", "palmette.shrink")
     with _folder(keep) as folder:
-        run = Run(
-            folder,
-            resume=resume,
-            command=(names or {}).get("command", "palmette.shrink"),
-            seed=seed,
-            config={**described, "heal": asdict(heal or HealConfig())},
-        )
+        run = Run(folder, resume=resume, command=command, seed=seed, config=described)
         session = Session(
             model=model,
             dense=dense,
@@ -145,7 +140,10 @@ def shrink(
             metric=metric,
         )
         speak = say or _silent
-        return _preview(session) if dry_run else _run(session, names or {}, keep, speak)
+        try:
+            return _preview(session) if dry_run else _run(session, names or {}, keep, speak)
+        finally:
+            run.close()
 
 
 def check_request(
@@ -262,7 +260,7 @@ def _run(session: Session, names: dict[str, str], keep: Path | None, say: Say) -
         "command": names.get("command", "palmette.shrink"),
         "method": session.method.name,
         "seed": settings.seed,
-        "environment": read_json(session.run.path("environment.json")),
+        "environment": session.run.environment,
         "model": names.get("model", type(session.model).__name__),
         "data": names.get("data", "given loaders"),
         "max_drop": settings.max_drop,
