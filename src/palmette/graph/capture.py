@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from palmette.errors import CaptureError, InputError, PalmetteError
 from palmette.graph.blocks import find_blocks
-from palmette.graph.inputs import as_call, batch_size, call, tensors, with_batch
+from palmette.graph.inputs import as_call, batch_size, call, map_tensors, tensors, with_batch
 from palmette.graph.raising import Raiser
 
 # Copying the nesting of inputs and outputs warns of a class that torch itself still uses.
@@ -134,6 +134,13 @@ def make_inputs(description: Any) -> Any:
     if "tuple" in description:
         return tuple(make_inputs(v) for v in description["tuple"])
     return description["value"]
+
+
+def example_of(gm: fx.GraphModule) -> Any:
+    """Example inputs of a captured network, made from their description in the network's present dtype and device."""
+    weight = next((p for p in gm.parameters() if p.is_floating_point()), None)
+    example = make_inputs(gm.meta["palmette"]["inputs"])
+    return example if weight is None else map_tensors(lambda t: t.to(weight) if t.is_floating_point() else t.to(weight.device), example)
 
 
 @contextlib.contextmanager

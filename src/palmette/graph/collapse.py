@@ -20,7 +20,7 @@ from palmette.graph.affine import (
     skip_reason,
     with_edge,
 )
-from palmette.graph.capture import is_captured, make_inputs, set_shapes
+from palmette.graph.capture import example_of, is_captured, make_inputs, set_shapes
 from palmette.graph.edit import linear_runs
 from palmette.graph.ops import ChannelAffine, module_of, op_name, remove_dead
 from palmette.graph.paths import Element, Path, Reader
@@ -104,13 +104,23 @@ def collapse(
     gm: fx.GraphModule = copy.deepcopy(edited)  # type: ignore[assignment]
     table = None if cost == "macs" or force else _table(cost)
     record = CollapseRecord(cost="forced" if force else cost if isinstance(cost, str) else table.runtime if table else "macs")
-    worker = _Worker(gm, record, table, force, allow_inexact, gm.meta["palmette"].get("pad", "exact"))
-    decisions = worker.run()
-    remove_dead(gm)
-    gm.meta["palmette"]["decisions"] = [*gm.meta["palmette"].get("decisions", []), *decisions]
-    gm.meta["palmette"]["collapsed"] = True
-    set_shapes(gm, make_inputs(gm.meta["palmette"]["inputs"]))
+    worker = _Worker(gm, record, table, force, allow_inexact)
+    _finish(gm, worker.run())
     return gm, record
+
+
+def collapse_again(edited: fx.GraphModule, decisions: list[dict[str, Any]]) -> fx.GraphModule:
+    """Collapse `edited` by decisions already taken, with algebra: the float64 twin of a collapsed network."""
+    gm = copy.deepcopy(edited)
+    wanted = {tuple(d["nodes"]) for d in decisions if d["type"] == "merge"}
+    _finish(gm, _Worker(gm, CollapseRecord(), None, True, True, wanted).run())
+    return gm
+
+
+def _finish(gm: fx.GraphModule, decisions: list[dict[str, Any]]) -> None:
+    remove_dead(gm)
+    gm.meta["palmette"] |= {"decisions": [*gm.meta["palmette"].get("decisions", []), *decisions], "collapsed": True}
+    set_shapes(gm, example_of(gm))
 
 
 def _table(cost: str | CostTable) -> CostTable:
@@ -121,10 +131,16 @@ def _table(cost: str | CostTable) -> CostTable:
 
 class _Worker:
     def __init__(
-        self, gm: fx.GraphModule, record: CollapseRecord, table: CostTable | None, force: bool, allow_inexact: bool, pad: str
+        self,
+        gm: fx.GraphModule,
+        record: CollapseRecord,
+        table: CostTable | None,
+        force: bool,
+        allow_inexact: bool,
+        wanted: set[tuple[str, ...]] | None = None,
     ) -> None:
-        self.gm, self.record, self.table = gm, record, table
-        self.force, self.allow_inexact, self.pad = force, allow_inexact, pad
+        self.gm, self.record, self.table, self.wanted = gm, record, table, wanted
+        self.force, self.allow_inexact, self.pad = force, allow_inexact, gm.meta["palmette"].get("pad", "exact")
 
     def run(self) -> list[dict[str, Any]]:
         decisions: list[dict[str, Any]] = []
@@ -155,6 +171,8 @@ class _Worker:
         refused: list[MergeRecord] = []
         for i in range(n):
             for j in range(i + 1, n):
+                if self.wanted is not None and tuple(n.meta["path"] for e in run[i : j + 1] for n in e.nodes) not in self.wanted:
+                    continue
                 choice, why = self._option(reader, run[i : j + 1])
                 if isinstance(choice, _Choice) and (self.force or self._pays(choice)):
                     options[i, j] = choice

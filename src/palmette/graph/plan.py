@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from palmette.errors import DataError, PlanError
 from palmette.graph.activations import find_activations
-from palmette.graph.capture import capture, make_inputs, set_shapes
+from palmette.graph.capture import capture, example_of, set_shapes
 from palmette.graph.edit import apply_edit, repad
 from palmette.graph.inputs import inputs_of
 from palmette.graph.observe import Moments, observe
@@ -146,7 +146,7 @@ class Plan:
         plan = (Plan.from_json(before) if before else Plan()) + self
         gm.meta["palmette"] |= {"plan": plan.to_json(), "pad": pad}
         gm.recompile()
-        set_shapes(gm, make_inputs(gm.meta["palmette"]["inputs"]))
+        set_shapes(gm, example_of(gm))
         return gm
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from palmette.graph.capture import is_captured
+from palmette.graph.collapse import collapse_again
 from palmette.graph.inputs import call, inputs_of, main_output, map_tensors, tensors, to_device, with_batch
 
 EXACT = 1e-10
@@ -47,7 +49,7 @@ def verify(edited: nn.Module, collapsed: nn.Module, batches: Iterable[Any] = (),
     Both networks stay untouched.
     """
     pair = (_eval(edited), _eval(collapsed))
-    twins = (float64_twin(pair[0]), float64_twin(pair[1]))
+    twins = _twins(*pair)
     device = next((p.device for p in edited.parameters()), torch.device("cpu"))
     trials = [noise_like(example_inputs, seed) for seed in range(random_batches)]
     trials += [inputs_of(b) for b in batches]
@@ -63,6 +65,15 @@ def verify(edited: nn.Module, collapsed: nn.Module, batches: Iterable[Any] = (),
     if not second:
         sizes.append("no second size: the network fixes its input size" if other is not None else "no second size: inputs have no spatial axes")
     return Verification(worst, worst64, agree / max(samples, 1), samples, sizes, worst64 <= EXACT)
+
+
+def _twins(edited: nn.Module, collapsed: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Both networks in float64; the collapsed one by repeating its merges there, so that no rounding to float32 is in between."""
+    twin = float64_twin(edited)
+    if not (is_captured(edited) and is_captured(collapsed)):
+        return twin, float64_twin(collapsed)
+    known = len(edited.meta["palmette"].get("decisions", []))
+    return twin, collapse_again(twin, collapsed.meta["palmette"].get("decisions", [])[known:]).eval()  # type: ignore[arg-type]
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:
