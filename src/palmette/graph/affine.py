@@ -109,6 +109,8 @@ def regrouped(a: Affine, groups: int) -> Affine:
     merge = a.groups // groups
     o, i = a.out_channels // groups, a.weight.shape[1]
     per = a.out_channels // a.groups
+    if a.weight.is_meta:
+        return replace(a, weight=a.weight.new_empty(groups * o, i * merge, *a.kernel), groups=groups)
     weight = a.weight.new_zeros(groups, o, i * merge, *a.kernel)
     source = a.weight.view(groups, merge, per, i, *a.kernel)
     for m in range(merge):
@@ -126,6 +128,25 @@ def compose(first: Affine, second: Affine) -> Affine:
     reach_b = [a.stride[d] * b.dilation[d] // step[d] if b.kernel[d] > 1 else 0 for d in range(rank)]
     kernel = [1 + reach_a[d] * (a.kernel[d] - 1) + reach_b[d] * (b.kernel[d] - 1) for d in range(rank)]
     o, i = b.out_channels // groups, a.weight.shape[1]
+    if a.weight.is_meta:
+        weight, bias = a.weight.new_empty(groups * o, i, *kernel), b.bias
+    else:
+        weight, bias = _products(a, b, groups, kernel, reach_a, reach_b)
+    return Affine(
+        weight,
+        bias,
+        tuple(x * y for x, y in zip(a.stride, b.stride, strict=True)),
+        tuple(p + s * q for p, s, q in zip(a.before, a.stride, b.before, strict=True)),
+        tuple(p + s * q for p, s, q in zip(a.after, a.stride, b.after, strict=True)),
+        tuple(step),
+        groups,
+        a.edge,
+    )
+
+
+def _products(a: Affine, b: Affine, groups: int, kernel: list[int], reach_a: list[int], reach_b: list[int]) -> tuple[Tensor, Tensor]:
+    """Weight and bias of b(a(x)): every tap of b shifts the kernel of a (spec 9.1)."""
+    rank, o, i = a.rank, b.out_channels // groups, a.weight.shape[1]
     wa = a.weight.view(groups, -1, i, *a.kernel)  # [G, M/G, I/G, *ka]
     wb = b.weight.view(groups, o, -1, *b.kernel)  # [G, O/G, M/G, *kb]
     weight = a.weight.new_zeros(groups, o, i, *kernel)
@@ -137,16 +158,7 @@ def compose(first: Affine, second: Affine) -> Affine:
         weight[(slice(None),) * 3 + place] += part
     sums = wb.flatten(3).sum(3) if rank else wb  # [G, O/G, M/G]
     bias = torch.einsum("gom,gm->go", sums, a.bias.view(groups, -1)).flatten() + b.bias
-    return Affine(
-        weight.flatten(0, 1),
-        bias,
-        tuple(x * y for x, y in zip(a.stride, b.stride, strict=True)),
-        tuple(p + s * q for p, s, q in zip(a.before, a.stride, b.before, strict=True)),
-        tuple(p + s * q for p, s, q in zip(a.after, a.stride, b.after, strict=True)),
-        tuple(step),
-        groups,
-        a.edge,
-    )
+    return weight.flatten(0, 1), bias
 
 
 def _common_step(a: Affine, b: Affine, d: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,19 +19,23 @@ if TYPE_CHECKING:
     from palmette.graph.plan import Edit
 
 
-def apply_edit(gm: fx.GraphModule, edit: Edit, pad: str) -> None:
-    """Do one edit in place. Raises PlanError if the site is not there, RefusedEdit with the reason if it cannot be done."""
-    (_linearize if edit.kind == "linearize" else _drop)(gm, edit, pad)
+def apply_edits(gm: fx.GraphModule, edits: Iterable[Edit], pad: str) -> None:
+    """Do the edits in place, in order. Raises PlanError if a site is not there, RefusedEdit with the reason if it cannot be done."""
+    removable = {s.path: s.reason for s in activation_sites(gm, pad)}
+    for edit in edits:
+        if edit.kind == "linearize":
+            _linearize(gm, edit, removable)
+        else:
+            _drop(gm, edit)
+    remove_dead(gm)
 
 
-def _linearize(gm: fx.GraphModule, edit: Edit, pad: str) -> None:
+def _linearize(gm: fx.GraphModule, edit: Edit, reasons: dict[str, str]) -> None:
     activation = next((a for a in find_activations(gm) if a.path == edit.site), None)
     if activation is None:
         raise PlanError(f"No activation is called '{edit.site}'", fix="List the sites with `palmette sites` or pm.find_sites.")
-    if not edit.force:
-        site = next(s for s in activation_sites(gm, pad) if s.path == edit.site)
-        if not site.removable:
-            raise RefusedEdit(f"'{edit.site}' cannot be linearised", why=site.reason)
+    if not edit.force and reasons.get(edit.site):
+        raise RefusedEdit(f"'{edit.site}' cannot be linearised", why=reasons[edit.site])
     axis = site_axis(gm, activation)
     channels = activation.output.meta["shape"][axis]
     reference: torch.Tensor = next(gm.parameters())
@@ -45,10 +50,11 @@ def _linearize(gm: fx.GraphModule, edit: Edit, pad: str) -> None:
         node = gm.graph.call_module(path, (activation.source,))
     node.meta.update(activation.output.meta, path=path)
     activation.output.replace_all_uses_with(node)
-    remove_dead(gm)
+    for old in sorted(activation.region, reverse=True):
+        gm.graph.erase_node(old)
 
 
-def _drop(gm: fx.GraphModule, edit: Edit, pad: str) -> None:
+def _drop(gm: fx.GraphModule, edit: Edit) -> None:
     block = next((b for b in find_blocks(gm) if b.path == edit.site), None)
     if block is None:
         raise PlanError(f"No block is called '{edit.site}'", fix="List the sites with `palmette sites` or pm.find_sites.")
@@ -114,7 +120,7 @@ def set_padding(reader: Reader, element: Element, before: tuple[int, ...], after
     _write_padding(gm, node, element.rank, before if even else (0,) * element.rank)
     if not even:
         element.pads.append(insert_pad(gm, node, list(before), list(after)))
-    reader._kinds.pop(node, None)
+    reader.forget(element)
 
 
 def insert_pad(gm: fx.GraphModule, node: fx.Node, before: list[int], after: list[int]) -> fx.Node:

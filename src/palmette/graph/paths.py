@@ -55,6 +55,7 @@ class Reader:
         self.shared = {i for i, k in owners.items() if k > 1}
         self.by_output = {a.output: a for a in self.by_source.values()}
         self._kinds: dict[fx.Node, str] = {}
+        self._shapes: dict[tuple[fx.Node, int, int], Affine] = {}
 
     # -- what a node is -------------------------------------------------------------------------------------------------
 
@@ -207,7 +208,15 @@ class Reader:
 
     def shape_of(self, element: Element) -> Affine:
         """The element as one map without weights (on the meta device): geometry and size only."""
-        return self.affine(element, "meta")
+        key = (element.main, len(element.tail), len(element.pads))
+        if key not in self._shapes:
+            self._shapes[key] = self.affine(element, "meta")
+        return self._shapes[key]
+
+    def forget(self, element: Element) -> None:
+        """Read the element anew next time: its padding has changed."""
+        self._kinds.pop(element.main, None)
+        self._shapes = {k: v for k, v in self._shapes.items() if k[0] is not element.main}
 
     def affine(self, element: Element, device: str | None = None) -> Affine:
         """The element as one map, in float64 on its own device or on `device`."""
@@ -239,6 +248,14 @@ class Reader:
             return module.weight, module.bias  # type: ignore[return-value]
         values = [get_tensor(self.gm, str(n.target)) for n in node.all_input_nodes[1:]]
         return values[0], values[1] if len(values) > 1 else None
+
+    def weight_shape(self, node: fx.Node) -> tuple[int, ...]:
+        """Shape of the weight of a convolution or linear node, computed weights included."""
+        module = module_of(self.gm, node)
+        if module is not None:
+            return tuple(module.weight.shape)  # type: ignore[union-attr,arg-type]
+        weight: Any = node.args[1]
+        return tuple(get_tensor(self.gm, str(weight.target)).shape) if weight.op == "get_attr" else tuple(weight.meta["shape"])
 
     def _diagonal(self, node: fx.Node, rank: int, device: str | None) -> Affine:
         module = module_of(self.gm, node)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx, nn
@@ -13,7 +13,7 @@ from torch import fx, nn
 from palmette.errors import DataError, PlanError
 from palmette.graph.activations import find_activations
 from palmette.graph.capture import capture, example_of, set_shapes
-from palmette.graph.edit import apply_edit, repad
+from palmette.graph.edit import apply_edits, repad
 from palmette.graph.inputs import inputs_of
 from palmette.graph.observe import Moments, observe
 from palmette.graph.sites import POLICIES, Site, site_axis
@@ -92,7 +92,7 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as JSON text."""
-        edits = [{k: v for k, v in asdict(e).items() if v not in (None, "", False)} for e in self.edits]
+        edits = [{k: v for k, v in vars(e).items() if v not in (None, "", False)} for e in self.edits]
         return json.dumps({"palmette_plan": FORMAT, "edits": edits})
 
     @staticmethod
@@ -138,8 +138,7 @@ class Plan:
             if not edit.fitted:
                 raise PlanError(f"The edit of '{edit.site}' has no slopes yet", fix="Call plan.fit(model, loader) first.")
         gm = capture(model, example_inputs)
-        for edit in self.edits:
-            apply_edit(gm, edit, pad)
+        apply_edits(gm, self.edits, pad)
         if pad == "repad":
             repad(gm)
         before = gm.meta["palmette"].get("plan")

@@ -152,7 +152,7 @@ def element_macs(reader: Reader, element: Element) -> int:
     """MACs per sample of an element; a norm or a per-channel map counts none."""
     if not reader.is_affine(element.main):
         return 0
-    return reader.parameters(element.main)[0].numel() * positions(element)
+    return math.prod(reader.weight_shape(element.main)) * positions(element)
 
 
 def positions(element: Element) -> int:
