@@ -57,8 +57,9 @@ def check_family(family: Family) -> dict[str, Any]:
     _check(row, "bit-equal", lambda: check_equal(family, model, captured))
     _check(row, "train", lambda: check_train(family, model, captured))
     _check(row, "sites", lambda: check_sites(row, captured, example))
+    wide = graph.capture(copy.deepcopy(model).double(), _cast(example, torch.float64))
     for seed in range(PLANS):
-        _check(row, f"plan {seed}", lambda seed=seed: check_plan(row, family, model, example, seed))
+        _check(row, f"plan {seed}", lambda seed=seed: check_plan(row, family, (captured, wide), example, seed))
     _check(row, "merges", lambda: check_merges(row))
     row["seconds"] = round(time.monotonic() - start, 1)
     row["passed"] = not row["failures"]
@@ -127,9 +128,12 @@ def check_sites(row: dict[str, Any], captured: nn.Module, example: Any) -> str:
     return "" if sites else "no site found"
 
 
-def check_plan(row: dict[str, Any], family: Family, model: nn.Module, example: Any, seed: int) -> str:
-    """A random legal plan: the collapsed network equals the edited one in float64 and float32, and trains one step."""
-    plan, pad, edited = draw_plan(family, model, example, random.Random(f"{family.key} {seed}"))
+def check_plan(row: dict[str, Any], family: Family, pair: tuple[nn.Module, nn.Module], example: Any, seed: int) -> str:
+    """A random legal plan: the collapsed network equals the edited one in float32 and float64, and trains one step.
+
+    `pair`: the captured network in both precisions.
+    """
+    plan, pad, edited = draw_plan(family, pair[0], example, random.Random(f"{family.key} {seed}"))
     done: dict[str, Any] = {"seed": seed, "edits": len(plan), "pad": pad}
     row.setdefault("plans", []).append(done)
     small, record = graph.collapse(edited, cost="macs", force=True)
@@ -137,7 +141,7 @@ def check_plan(row: dict[str, Any], family: Family, model: nn.Module, example: A
     done["refused"] = sorted({m.reason for m in record.merges if not m.done})[:4]
     done["parameters"] = sum(p.numel() for p in small.parameters())
     done["float32"] = worst_error(family, edited, small)
-    twin = plan.apply(copy.deepcopy(model).double(), _cast(example, torch.float64), pad=pad)
+    twin = plan.apply(pair[1], _cast(example, torch.float64), pad=pad)
     done["float64"] = worst_error(family, twin, graph.collapse(twin, cost="macs", force=True)[0], torch.float64)
     if done["float64"] > FLOAT64_BOUND or done["float32"] > FLOAT32_BOUND:
         return f"errors float64 {done['float64']:.1e}, float32 {done['float32']:.1e} ({pad}, {len(plan)} edits)"

@@ -114,7 +114,7 @@ class Case:
 
 @dataclass
 class Builder:
-    """Draws the layers of one network; `channels` and `size` follow what has been drawn (`slopes`: of a PReLU, if fixed)."""
+    """Draws the layers of one network; `channels` and `size` follow what has been drawn (`slopes`: of a PReLU)."""
 
     draw: Callable[..., Any]
     channels: int
