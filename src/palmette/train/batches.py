@@ -86,11 +86,11 @@ def batch_fingerprint(batch: Any) -> str:
     return digest({str(index): tensor for index, tensor in enumerate(tensors(batch))})
 
 
-def check_iterable(loader: Any) -> None:
-    """Refuse what cannot be passed over again and again. Raises DataError saying why."""
+def check_iterable(loader: Any, *, once: bool = False) -> None:
+    """Refuse what cannot be passed over (`once`, or again and again in the same way). Raises DataError saying why."""
     if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
         raise DataError(f"A {type(loader).__name__} is no loader", fix="Pass a DataLoader or a list of batches.")
-    if hasattr(loader, "__next__"):
+    if hasattr(loader, "__next__") and not once:
         raise DataError(
             "The loader is its own iterator",
             why="it can be passed over once only, and every epoch needs a fresh pass",

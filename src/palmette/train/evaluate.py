@@ -77,7 +77,7 @@ def evaluate(
     Modes and random states are as before at the end. Raises DataError (empty loader, labels out of range) and
     InputError (metric of another shape).
     """
-    check_iterable(loader)
+    check_iterable(loader, once=True)
     if max_batches is not None and max_batches < 1:
         raise InputError(f"max_batches = {max_batches} is out of bounds", fix="It must be >= 1 or None.")
     modes = [(module, module.training) for module in model.modules()]

@@ -29,6 +29,8 @@ from palmette.train.config import HealConfig
 from palmette.train.labels import LossFn
 from palmette.train.trainer import LossTerm, Stored, Task, Trainer, check_task, make_fabric
 
+__all__ = ["HealConfig", "History", "LossTerm", "heal", "healed"]
+
 History = list[dict[str, Any]]
 """One entry per epoch: epoch (from 0), loss (mean over samples), lr (at the end of the epoch)."""
 
@@ -58,8 +60,8 @@ def heal(
     there is one. Batches of one sample are left out, with a warning, when the model has batch normalisation.
 
     The global random states are as before at the end. Raises InputError (nothing to train, no teacher), DataError
-    (empty, one-pass or unseedable loader, labels out of range), TrainingError (loss not finite; names epoch and step), RunError
-    (damaged checkpoint, or one of another training).
+    (empty, one-pass or unseedable loader, labels out of range), TrainingError (loss not finite; names epoch and step),
+    RunError (damaged checkpoint, or one of another training).
     """
     task = Task(
         model=model,

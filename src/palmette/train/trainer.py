@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -191,27 +192,38 @@ class Trainer:
         """Task, distillation and extra terms. Labels are checked where they can be read without making a GPU wait."""
         logits = main_output(output)
         weight = self.config.distill
-        loss = logits.new_zeros(())
-        if weight < 1:
-            if is_cross_entropy(self.task.loss_fn) and (self.epoch == 0 or not getattr(target, "is_cuda", False)):
-                target = check_labels(logits, target, self._place(self.step))
-            loss = (1 - weight) * task_loss(logits, to_device(target, logits.device), self.task.loss_fn)
-        if weight > 0 and self.task.teacher is not None:
-            precision = self.fabric.strategy.precision
-            with torch.no_grad(), self.fabric.autocast():
-                known = precision.convert_output(call(self.task.teacher, precision.convert_input(inputs)))
-            loss = loss + weight * distillation_loss(logits, main_output(known), self.config.temperature)
+        teacher = self.task.teacher
+        if weight == 0 or teacher is None:
+            loss = self._task_loss(logits, target)
+        elif weight == 1:
+            loss = self._distillation(teacher, logits, inputs)
+        else:
+            loss = (1 - weight) * self._task_loss(logits, target) + weight * self._distillation(teacher, logits, inputs)
         for term in self.task.loss_terms:
             loss = loss + term(self.task.model, inputs, output)
         return loss
+
+    def _task_loss(self, logits: Tensor, target: Any) -> Tensor:
+        if is_cross_entropy(self.task.loss_fn) and (self.epoch == 0 or not getattr(target, "is_cuda", False)):
+            target = check_labels(logits, target, self._place(self.step))
+        return task_loss(logits, to_device(target, logits.device), self.task.loss_fn)
+
+    def _distillation(self, teacher: nn.Module, logits: Tensor, inputs: Any) -> Tensor:
+        precision = self.fabric.strategy.precision
+        with torch.no_grad(), self.fabric.autocast():
+            known = precision.convert_output(call(teacher, precision.convert_input(inputs)))
+        return distillation_loss(logits, main_output(known), self.config.temperature)
 
     def _collect_losses(self) -> None:
         """Read the losses in flight. Raises TrainingError naming epoch and step of the first that is not finite."""
         if not self.in_flight:
             return
-        values = torch.stack([loss.double() for _, _, loss in self.in_flight])
-        for (step, size, _), value in zip(self.in_flight, values.tolist(), strict=True):
-            if value != value or value in (float("inf"), float("-inf")):
+        if len(self.in_flight) == 1:
+            values = [self.in_flight[0][2].item()]
+        else:
+            values = torch.stack([loss.double() for _, _, loss in self.in_flight]).tolist()
+        for (step, size, _), value in zip(self.in_flight, values, strict=True):
+            if not math.isfinite(value):
                 raise TrainingError(f"The loss is {value}", where=self._place(step), fix=_DIVERGED)
             self.loss_sum += value * size
             self.samples += size
