@@ -118,12 +118,12 @@ class Branch:
             return {"watched": watched}
 
         self.watched = self.session.run.once(self.stage(number, "heal"), train)["watched"]
+        self._checkpoint(number).unlink(missing_ok=True)
         self.load(number)
 
     def _train(self, number: int, method: Method | None) -> dict[str, float] | None:
         session = self.session
         pool = session.pool(self.network) if method is not None and method.watch is not None else []
-        checkpoint = session.run.path(f"{self.stage(number, 'checkpoint')}.safetensors")
         if pool and method is not None and method.watch is not None:
             method.watch(self.network, pool, session.config, steps=len(session.train))  # type: ignore[arg-type]
         teacher = session.dense if session.heal.distill > 0 else None
@@ -134,7 +134,7 @@ class Branch:
             teacher=teacher,
             loss_fn=session.loss_fn,
             seed=session.settings.seed,
-            checkpoint=checkpoint,
+            checkpoint=self._checkpoint(number),
             label=f"{self.label}-{number:03d}",
         )
         self.network.eval()
@@ -148,6 +148,9 @@ class Branch:
     def weights(self, number: int) -> Path:
         """The file that holds the healed weights of a round."""
         return self.session.run.path(f"{self.label}-{number:03d}.safetensors")
+
+    def _checkpoint(self, number: int) -> Path:
+        return self.session.run.path(f"{self.stage(number, 'checkpoint')}.safetensors")
 
     def load(self, number: int) -> None:
         """Put the healed weights of a round into the network; raises RunError when they are damaged or do not fit."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ FLOAT32_BOUND = 1e-4
 """Largest relative output error of the collapsed network against the edited one that `shrink` lets pass."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Outcome:
     """What is handed back: the final network in eval mode, its plan and proofs, the table, and a sentence."""
 
@@ -36,8 +36,8 @@ class Outcome:
     verification: Verification | None
     rows: list[dict[str, Any]]
     message: str
-    report: Path | None
-    exports: dict[str, Any]
+    report: Path | None = None
+    exports: dict[str, Any] = field(default_factory=dict)
 
 
 def finish(session: Session, found: Search, figures: dict[str, Any], say: Callable[[str], None]) -> Outcome:
@@ -53,32 +53,31 @@ def finish(session: Session, found: Search, figures: dict[str, Any], say: Callab
         say("training the controls: dense + same training, random removal")
     rows = account(session, contenders(session, found, network, winner.plan))
     message = _message(session, found, rows)
-    write_atomic(session.run.path("plan.json"), winner.plan.to_json() + "\n")
-    save_network(network, session.run.path("model.safetensors"), source=session.model)
+    outcome = Outcome(network, winner.plan, record, verification, rows, message)
+    return _written(session, outcome, found, figures, say) if session.keep else outcome
+
+
+def _written(
+    session: Session, outcome: Outcome, found: Search, figures: dict[str, Any], say: Callable[[str], None]
+) -> Outcome:
+    """The outcome with its files: plan, weights, exports, figures, report."""
+    write_atomic(session.run.path("plan.json"), outcome.plan.to_json() + "\n")
+    save_network(outcome.network, session.run.path("model.safetensors"), source=session.model)
     say("exporting")
-    exports = session.run.once("exports", lambda: _exports(session, network))
+    exports = session.run.once("exports", lambda: _exports(session, outcome.network))
+    record, verification = outcome.record, outcome.verification
     figures = figures | {
         "rounds": [entry.to_dict() for entry in found.rounds],
         "scores": ranking_rows(session, found),
-        "rows": rows,
+        "rows": outcome.rows,
         "split": "val" if session.test is None else "test",
         "merges": record.to_dict()["merges"] if record else [],
         "verification": verification.to_dict() if verification else {},
         "export": exports,
-        "message": message,
+        "message": outcome.message,
     }
     write_json(session.run.path("figures.json"), figures)
-    report = render(session.run.folder)
-    return Outcome(
-        network=network,
-        plan=winner.plan,
-        record=record,
-        verification=verification,
-        rows=rows,
-        message=message,
-        report=report,
-        exports=exports,
-    )
+    return replace(outcome, report=render(session.run.folder), exports=exports)
 
 
 def _collapsed(
@@ -91,6 +90,13 @@ def _collapsed(
     network.eval()
     batches = [split_batch(batch)[0] for batch in itertools.islice(iter(session.val), 2)]
     verification = verify(winner.network, network, batches, example_inputs=session.example)
+    if not verification.exact:
+        error = verification.max_relative_error_float64
+        raise VerifyError(
+            f"the collapsed network differs from the edited one by {error:.1e} in float64",
+            why="every merge done claims to be exact, which allows 1e-10",
+            fix="Please report the plan.json of this run; `--pad exact` or protecting the last site may help",
+        )
     if not verification.max_relative_error <= FLOAT32_BOUND:
         raise VerifyError(
             f"the collapsed network differs from the edited one by {verification.max_relative_error:.1e}",

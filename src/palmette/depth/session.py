@@ -58,7 +58,10 @@ class Calibration:
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """The fixed surroundings of a run; `dense` is the captured network, never changed."""
+    """The fixed surroundings of a run; `dense` is the captured network, never changed.
+
+    `keep`: whether the run folder stays, so that files for the user are worth writing.
+    """
 
     model: nn.Module
     dense: fx.GraphModule
@@ -73,6 +76,7 @@ class Session:
     heal: HealConfig
     table: CostTable
     run: Run
+    keep: bool = True
     protect: tuple[str, ...] = ()
     loss_fn: Callable[..., Any] | None = None
     metric: Callable[..., Any] | None = None

@@ -8,7 +8,6 @@ to the same weights.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,6 +28,7 @@ from palmette.graph.inputs import Example, batch_size, with_batch
 from palmette.meter.table import CostTable
 from palmette.registry import Method, MethodConfig, get_method
 from palmette.run import Run
+from palmette.train.evaluate import evaluate
 from palmette.train.loop import HealConfig
 
 Say = Callable[[str], None]
@@ -135,6 +135,7 @@ def shrink(
             heal=heal or HealConfig(),
             table=_table(cost, run),
             run=run,
+            keep=keep is not None,
             protect=check_protected(protect, dense, example),
             loss_fn=loss_fn,
             metric=metric,
@@ -219,7 +220,7 @@ def _folder(run_dir: Path | None) -> Iterator[Path]:
 
 def _preview(session: Session) -> ShrinkResult:
     """The dry run: the ranking of the first round with predicted gains, and how long healing would take."""
-    session.evaluate(session.dense, itertools.islice(iter(session.val), 1))
+    evaluate(session.dense, session.val, loss_fn=session.loss_fn, metric=session.metric, max_batches=1)
     pool = session.pool(session.dense)
     scores = rank(session)(session.dense, pool) if pool else {}
     ranking = [
@@ -276,7 +277,7 @@ def _run(session: Session, names: dict[str, str], keep: Path | None, say: Say) -
         rows=outcome.rows,
         ranking=ranking_rows(session, found),
         run_dir=keep,
-        report=outcome.report if keep is not None else None,
+        report=outcome.report,
         message=outcome.message,
         split="val" if session.test is None else "test",
         exports=outcome.exports,
