@@ -167,10 +167,14 @@ def load_figures(folder: Path) -> Figures:
     """The figures of a run. Raises RunError when the file is missing, damaged, of another version, or lacks a field."""
     path = folder / FILE
     if not path.is_file():
-        raise RunError("There is nothing to report", where=str(folder), why=f"it holds no {FILE}", fix="Finish the run.")
+        raise RunError(
+            "There is nothing to report", where=str(folder), why=f"it holds no {FILE}", fix="Finish the run."
+        )
     value = read_json(path)
     if not isinstance(value, Mapping) or value.get("schema") != 1:
-        raise RunError("The figures are of another version", where=str(path), fix="Report with the version that made them.")
+        raise RunError(
+            "The figures are of another version", where=str(path), fix="Report with the version that made them."
+        )
     figures = _build(Figures, value, str(path))
     if not figures.rows:
         raise RunError("The figures hold no networks", where=str(path), why="'rows' is empty")
@@ -199,12 +203,14 @@ _KINDS: dict[str, tuple[type[Any], ...]] = {
 def _checked(entry: dataclasses.Field[Any], value: Any, where: str) -> Any:
     """`value` if it is of the annotated kind; lists of parts are built."""
     kinds = [part.split("[")[0].strip() for part in str(entry.type).split("|")]
-    if not isinstance(value, tuple(t for k in kinds for t in _KINDS[k])):
+    if not any(isinstance(value, kind) for name in kinds for kind in _KINDS[name]):
         raise RunError("The figures are damaged", where=where, why=f"{str(value)[:60]!r} is no {' or '.join(kinds)}")
     if entry.name in _PARTS:
         return [_build(_PARTS[entry.name], item, f"{where}[{i}]") for i, item in enumerate(value)]
     if value is not None and str(entry.type).startswith("list["):
         wanted = _KINDS[str(entry.type)[5:].split("]")[0]]
         if not all(isinstance(item, wanted) for item in value):
-            raise RunError("The figures are damaged", where=where, why=f"{str(value)[:60]!r} holds another kind of value")
+            raise RunError(
+                "The figures are damaged", where=where, why=f"{str(value)[:60]!r} holds another kind of value"
+            )
     return value

@@ -11,6 +11,7 @@ from palmette.report import words
 from palmette.report.figures import Figures, Row
 from palmette.report.theme import COLOUR, bare, drawing, sheet, svg
 
+MOST_NUMBERS = 15
 _MARKS = {
     "dense": ("D", "dense"),
     "shrunk": ("o", "shrunk"),
@@ -35,14 +36,16 @@ def path_picture(figures: Figures) -> Markup | None:
     timed = [r for r in figures.rounds if r.latency_ms is not None]
     clocked = bool(figures.runtimes) and (bool(timed) or not figures.rounds)
     name = figures.runtimes[0] if clocked else None
-    marks = [(r, _x(r, name)) for r in figures.rows if r.accuracy is not None and r.interval is not None]
-    marks = [(row, x) for row, x in marks if x is not None]
-    if not marks:
+    shown = [row for row in figures.rows if row.accuracy is not None and _x(row, name) is not None]
+    if figures.shrunk.removed == 0:
+        shown = [row for row in shown if row.name != "shrunk"] if figures.rounds else []
+    if not shown:
         return None
     with drawing():
         figure, axes = sheet(620, 380, left=58, right=24, top=64, bottom=48)
-        _rounds(axes, figures, clocked)
-        for row, x in marks:
+        drawn = _rounds(axes, figures, clocked)
+        places = [(_x(row, name) or 0.0, 100 * float(row.accuracy or 0)) for row in shown]
+        for row, x in zip(shown, side_by_side(places, drawn), strict=True):
             _mark(axes, row, x, figures.split)
         axes.set_xlabel(f"latency in {words.runtime(name)}, ms" if name else "multiply-adds (millions)")
         axes.set_ylabel("accuracy, %")
@@ -56,6 +59,19 @@ def path_picture(figures: Figures) -> Markup | None:
         return svg(figure, "path", _path_words(figures))
 
 
+def side_by_side(places: list[tuple[float, float]], taken: list[tuple[float, float]]) -> list[float]:
+    """The x of every (x, y), moved right where it would cover one before it or one that is taken."""
+    xs, ys = zip(*places, *taken, strict=True)
+    gap, near = 0.022 * (max(xs) - min(xs)), 0.2 * (max(ys) - min(ys))
+    placed: list[tuple[float, float]] = []
+    for x, y in places:
+        at = x
+        while gap > 0 and any(abs(at - a) < 0.999 * gap and abs(y - b) <= near for a, b in (*placed, *taken)):
+            at += gap
+        placed.append((at, y))
+    return [x for x, _ in placed]
+
+
 def _x(row: Row, runtime: str | None) -> float | None:
     if runtime is None:
         return row.macs / 1e6
@@ -63,11 +79,11 @@ def _x(row: Row, runtime: str | None) -> float | None:
     return None if clock is None else clock.median_ms
 
 
-def _rounds(axes: Axes, figures: Figures, clocked: bool) -> None:
-    """Rounds in order: full circles led to the result, hollow ones were undone."""
+def _rounds(axes: Axes, figures: Figures, clocked: bool) -> list[tuple[float, float]]:
+    """Rounds in order: full circles led to the result, hollow ones were undone. Returns where they stand."""
     rounds = [r for r in figures.rounds if not clocked or r.latency_ms is not None]
     if not rounds:
-        return
+        return []
     at = [(float(r.latency_ms or 0) if clocked else r.macs / 1e6, 100 * r.val_accuracy) for r in rounds]
     kept = {id(r) for r in figures.kept_rounds}
     axes.plot(*zip(*at, strict=True), color=COLOUR["shrunk"], linewidth=1, alpha=0.45, zorder=2)
@@ -81,19 +97,23 @@ def _rounds(axes: Axes, figures: Figures, clocked: bool) -> None:
             label=None if full in labelled else f"round (validation), {'kept' if full else 'undone'}",
         )  # fmt: skip
         labelled.add(full)
+        if len(rounds) > MOST_NUMBERS and (r.round + 1) % 5:
+            continue
         axes.annotate(
-            str(r.round + 1), (x, y), xytext=(5, 4), textcoords="offset points", fontsize=7.5, color=COLOUR["muted"]
-        )
+            str(r.round + 1), (x, y), xytext=(-5, 4), textcoords="offset points", ha="right", fontsize=8,
+            color=COLOUR["muted"],
+        )  # fmt: skip
+    return at
 
 
 def _mark(axes: Axes, row: Row, x: float, split: str) -> None:
     marker, colour = _MARKS.get(row.name, ("v", "muted"))
     y = 100 * float(row.accuracy or 0)
-    low, high = (100 * b for b in row.interval or (0, 0))
+    low, high = (100 * b for b in row.interval or (y / 100, y / 100))
     axes.errorbar(
         x, y, yerr=[[max(0.0, y - low)], [max(0.0, high - y)]], fmt=marker, markersize=9, capsize=3, linewidth=1.4,
         color=COLOUR[colour], markeredgecolor=COLOUR["paper"], markeredgewidth=1, zorder=4,
-        label=f"{row.name} ({'validation' if split == 'val' else split})",
+        label=row.name if split == "val" else f"{row.name} ({split})",
     )  # fmt: skip
 
 
@@ -159,4 +179,4 @@ def _pair(axes: Axes, bar: Bars, y: float) -> None:
         if bar.spread is not None:
             low, high = (room * b / longest for b in bar.spread[row])
             axes.plot([low, high], [at, at], color=COLOUR["ink"], linewidth=1.1, solid_capstyle="butt")
-        axes.text(room + 10, at, text, va="center", fontsize=8.2)
+        axes.text(room + 10, at, text, va="center", fontsize=8.6)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from palmette.errors import RunError
 from palmette.files import read_json, write_atomic
@@ -17,6 +18,7 @@ from palmette.report.site_pictures import CLASSES, MAX_BARS, colour_of, score_pi
 
 MAX_BYTES = 1_000_000
 MAX_ROWS = 300
+LONGEST_PIECE = 34
 ARTIFACTS = {
     "model.safetensors": "weights, with the plan in the metadata: palmette.load(source_model, file)",
     "model.onnx": "for ONNX Runtime and other runtimes; dynamic batch",
@@ -29,8 +31,8 @@ ARTIFACTS = {
 def render(run_folder: str | Path) -> Path:
     """Write report.html into `run_folder` from figures.json and plan.json there, and return its path.
 
-    The same folder gives the same bytes. Raises RunError when figures.json is missing or damaged, or when the page would
-    exceed 1 MB.
+    The same folder gives the same bytes. Raises RunError when figures.json is missing or damaged, or when the page
+    would exceed 1 MB.
     """
     folder = Path(run_folder)
     page = page_of(load_figures(folder), _plan(folder), _artifacts(folder))
@@ -47,6 +49,7 @@ def page_of(figures: Figures, plan: list[dict[str, str]], artifacts: list[dict[s
         loader=PackageLoader("palmette.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
+    environment.filters["breakable"] = breakable
     merges = figures.merges
     return environment.get_template("report.html.j2").render(
         figures=figures,
@@ -57,7 +60,9 @@ def page_of(figures: Figures, plan: list[dict[str, str]], artifacts: list[dict[s
         cost=cost_picture(figures) if figures.shrunk.removed else None,
         scores=score_picture(figures),
         strip=strip_picture(figures),
-        classes=[(colour, text) for name, (colour, text) in CLASSES.items() if any(m.exactness == name for m in merges)],
+        classes=[
+            (colour, text) for name, (colour, text) in CLASSES.items() if any(m.exactness == name for m in merges)
+        ],
         colour_of=colour_of,
         done=[m for m in merges if m.done],
         refused=[m for m in merges if not m.done],
@@ -67,6 +72,14 @@ def page_of(figures: Figures, plan: list[dict[str, str]], artifacts: list[dict[s
         max_rows=MAX_ROWS,
         max_bars=MAX_BARS,
     )
+
+
+def breakable(name: str) -> Markup:
+    """A path, escaped: in one piece when short, else with breaks allowed behind its dots."""
+    text = escape(name)
+    if len(name) <= LONGEST_PIECE:
+        return Markup('<span class="nowrap">%s</span>') % text
+    return Markup(str(text).replace(".", ".<wbr>"))  # noqa: S704 (escaped above)
 
 
 def tiles(figures: Figures) -> list[dict[str, str]]:
@@ -80,6 +93,8 @@ def tiles(figures: Figures) -> list[dict[str, str]]:
     found.append(_tile("Multiply-adds", dense.macs, shrunk.macs, words.count))
     found.append(_tile("Parameters", dense.params, shrunk.params, words.count))
     found.append(_tile("Peak memory", dense.peak_bytes, shrunk.peak_bytes, words.size))
+    if shrunk.removed == 0:
+        return [tile | {"before": "", "change": ""} for tile in found]
     return found
 
 
@@ -94,7 +109,9 @@ def _plan(folder: Path) -> list[dict[str, str]]:
         return []
     value = read_json(path)
     edits = value.get("edits", []) if isinstance(value, dict) else []
-    return [{key: str(edit.get(key) or "") for key in ("kind", "site", "fit")} for edit in edits if isinstance(edit, dict)]
+    return [
+        {key: str(edit.get(key) or "") for key in ("kind", "site", "fit")} for edit in edits if isinstance(edit, dict)
+    ]
 
 
 def _artifacts(folder: Path) -> list[dict[str, str]]:

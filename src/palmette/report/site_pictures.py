@@ -8,8 +8,9 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.patches import Polygon, Rectangle
 
+from palmette.report import words
 from palmette.report.figures import Figures, Merge, Score
-from palmette.report.theme import COLOUR, bare, drawing, sheet, shorten, svg
+from palmette.report.theme import COLOUR, bare, distinct, drawing, sheet, shorten, svg
 
 CLASSES = {
     "exact": ("exact", "exact"),
@@ -20,7 +21,7 @@ CLASSES = {
 """Exactness class -> colour and what it means."""
 MAX_BARS = 60
 MAX_TILES = 120
-_TILE, _LABEL, _WIDTH = 20.0, 208.0, 960.0
+_TILE, _LETTERS, _WIDTH = 20.0, 30, 960.0
 
 
 def colour_of(merge: Merge) -> str:
@@ -35,12 +36,13 @@ def score_picture(figures: Figures) -> Markup | None:
         return None
     other = any(s.entropy is not None and s.entropy != s.score for s in scores)
     removed = figures.removed_names
-    width, left, top = 960.0, 236.0, 26.0
+    labels = distinct([s.name for s in scores], 36)
+    width, left, top = 960.0, 12 + 6.2 * max(map(len, labels.values())), 26.0
     height = top + 17 * len(scores) + 44
     with drawing():
         figure, axes = sheet(width, height, left, (width - left) / 2 + 34 if other else 96, top, 44)
         _columns(axes, scores, [s.score for s in scores], removed, _unit(scores, figures.method))
-        axes.set_yticks(range(len(scores)), [shorten(s.name, 36) for s in scores])
+        axes.set_yticks(range(len(scores)), [labels[s.name] for s in scores])
         for tick, score in zip(axes.get_yticklabels(), scores, strict=True):
             tick.set_color(COLOUR["ink"] if score.name in removed else COLOUR["muted"])
             tick.set_fontsize(8)
@@ -66,9 +68,11 @@ def _columns(axes: Axes, scores: Sequence[Score], values: list[float], removed: 
     axes.barh(range(len(scores)), values, height=0.66, color=colours)
     largest = max(map(abs, values)) or 1.0
     for index, value in enumerate(values):
-        axes.text(max(value, 0) + 0.012 * largest, index, f"{value:.3g}", va="center", fontsize=7.6, color=COLOUR["muted"])
+        axes.text(
+            max(value, 0) + 0.012 * largest, index, words.score(value), va="center", fontsize=7.6, color=COLOUR["muted"]
+        )
     axes.set_ylim(len(scores) - 0.4, -0.6)
-    axes.set_xlim(min(0.0, *values) * 1.05 if min(values) < 0 else 0.0, max(max(values), 0.0) * 1.12 or 1.0)
+    axes.set_xlim(1.05 * min(0.0, *values), max(0.0, *values) * 1.12 or 1.0)
     axes.set_xlabel(label)
     axes.tick_params(length=0)
     axes.spines["left"].set_visible(False)
@@ -90,19 +94,22 @@ def strip_picture(figures: Figures) -> Markup | None:
     merges = [m for m in figures.merges if m.members]
     if not merges:
         return None
-    shown, tiles = [], 0
+    shown: list[Merge] = []
+    tiles = 0
     for merge in merges:
         tiles += len(merge.members)
         if tiles > MAX_TILES and shown:
             break
         shown.append(merge)
     halves = _halves(shown)
+    labels = distinct([member for merge in shown for member in merge.members], _LETTERS)
     height = max(_height(half) for half in halves) + 4
     with drawing():
         figure, axes = sheet(_WIDTH, height, 0, 0, 0, 0)
         bare(axes, _WIDTH, height)
         for index, half in enumerate(halves):
-            _column(axes, half, x=index * (_WIDTH + 20) / 2)
+            longest = max(len(labels[member]) for merge in half for member in merge.members)
+            _column(axes, half, labels, before=index * (_WIDTH + 20) / 2 + 12 + 6.2 * longest)
         return svg(figure, "strip", _strip_words(shown, len(merges)))
 
 
@@ -118,33 +125,31 @@ def _halves(merges: Sequence[Merge]) -> list[Sequence[Merge]]:
     return [merges[:cut], merges[cut:]]
 
 
-def _column(axes: Axes, merges: Sequence[Merge], x: float) -> None:
-    """Merges below each other from the left edge `x`: labels, tiles, a funnel, the result."""
-    if not merges:
-        return
-    before, after = x + _LABEL, x + _LABEL + 76
+def _column(axes: Axes, merges: Sequence[Merge], labels: dict[str, str], before: float) -> None:
+    """Merges below each other: labels that end at `before`, tiles, a funnel, the result."""
+    after = before + 76
     axes.text(before + 17, 8, "before", ha="center", va="center", fontsize=8, color=COLOUR["muted"])
     axes.text(after + 17, 8, "after", ha="center", va="center", fontsize=8, color=COLOUR["muted"])
     y = 24.0
     for merge in merges:
-        _group(axes, merge, before, after, y)
+        _group(axes, merge, labels, before, after, y)
         y += _TILE * len(merge.members) + 12
 
 
-def _group(axes: Axes, merge: Merge, before: float, after: float, y: float) -> None:
+def _group(axes: Axes, merge: Merge, labels: dict[str, str], before: float, after: float, y: float) -> None:
     colour = COLOUR[colour_of(merge)] if merge.done else COLOUR["refused"]
     span = _TILE * len(merge.members)
     for index, member in enumerate(merge.members):
         at = y + _TILE * index
         axes.add_patch(Rectangle((before, at + 1.5), 34, _TILE - 3, color=colour, alpha=0.85 if merge.done else 0.5))
-        axes.text(before - 8, at + _TILE / 2, shorten(member, 30), ha="right", va="center", fontsize=8)
+        axes.text(before - 8, at + _TILE / 2, labels[member], ha="right", va="center", fontsize=8)
     if merge.done:
         middle = y + span / 2
         corners = [(before + 34, y + 1.5), (after, middle - 8.5), (after, middle + 8.5), (before + 34, y + span - 1.5)]
         axes.add_patch(Polygon(corners, closed=True, color=colour, alpha=0.22, linewidth=0))
         axes.add_patch(Rectangle((after, middle - 8.5), 34, 17, color=colour, alpha=0.85))
         name = merge.result or "removed"
-        axes.text(after + 42, middle, shorten(name, 20), va="center", fontsize=8)
+        axes.text(after + 42, middle, labels.get(name, shorten(name, 24)), va="center", fontsize=8)
         return
     for index in range(len(merge.members)):
         at = y + _TILE * index
@@ -155,6 +160,8 @@ def _group(axes: Axes, merge: Merge, before: float, after: float, y: float) -> N
 
 def _strip_words(merges: Sequence[Merge], total: int) -> str:
     done = [m for m in merges if m.done]
-    parts = [f"{' + '.join(m.members)} became {m.result or 'nothing'} ({m.exactness or 'class unknown'})" for m in done[:20]]
+    parts = [
+        f"{' + '.join(m.members)} became {m.result or 'nothing'} ({m.exactness or 'class unknown'})" for m in done[:20]
+    ]
     left = f"; the first {len(merges)} of {total} are drawn" if len(merges) < total else ""
     return f"{len(done)} of {total} merges done{left}: " + "; ".join(parts)

@@ -1,11 +1,12 @@
-"""Colours and type of the pictures: drawn in marker colours that become CSS variables, so that one picture serves light and dark."""
+"""Colours and type of the pictures: marker colours become CSS variables, so that one picture serves light and dark."""
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, cast
 
 import matplotlib as mpl
 from markupsafe import Markup, escape
@@ -14,7 +15,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 NAMES = (
-    "ink", "muted", "grid", "paper", "dense", "shrunk", "again", "chance", "removed", "exact", "repad", "bias", "approx", "refused",
+    "ink", "muted", "grid", "paper", "dense", "shrunk", "again", "chance", "removed",
+    "exact", "repad", "bias", "approx", "refused",
 )  # fmt: skip
 COLOUR = {name: f"#0102{index + 16:02x}" for index, name in enumerate(NAMES)}
 """Marker colour of each CSS variable."""
@@ -46,7 +48,7 @@ def drawing() -> Iterator[None]:
     """Matplotlib settings for every picture of a report, independent of the user's."""
     with mpl.rc_context():
         mpl.rcdefaults()
-        mpl.rcParams.update(_STYLE)
+        mpl.rcParams.update(cast(Any, _STYLE))
         yield
 
 
@@ -69,25 +71,26 @@ def bare(axes: Axes, width: float, height: float) -> None:
 
 
 def svg(figure: Figure, key: str, alt: str) -> Markup:
-    """The figure as inline SVG: unique ids, CSS colours, the page's own font, no date. `alt`: what it shows, in words."""
+    """The figure as inline SVG: unique ids, CSS colours, the page's font, no date. `alt`: what it shows."""
     buffer = io.StringIO()
     empty = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     FigureCanvasSVG(figure).print_svg(buffer, metadata=empty)
     text = buffer.getvalue()
     text = text[text.index("<svg") :].strip()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
-    text = re.sub(r"<!--.*?-->", "", text, flags=re.S)
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
     text = re.sub(r'\bid="', f'id="{key}-', text)
     text = re.sub(r'href="#', f'href="#{key}-', text)
     text = re.sub(r"url\(#", f"url(#{key}-", text)
     for name, colour in COLOUR.items():
         text = text.replace(colour, f"var(--{name})")
+    text = re.sub(r' transform="rotate\(-?0 [^"]*\)"', "", text)
     text = re.sub(r"font(?:-family)?: ?(?:[\d.]+px )?'DejaVu Sans'[^;\"]*", _font, text)
     width = re.search(r'viewBox="0 0 ([\d.]+)', text)
     pixels = round(float(width.group(1)) / POINTS_PER_PIXEL) if width else 0
     opening = f'<svg role="img" aria-label="{escape(alt)}" style="max-width:{pixels}px" class="picture"'
-    text = re.sub(r'<svg ([^>]*?)width="[^"]*"', rf"<svg \1", text, count=1)
-    text = re.sub(r'<svg ([^>]*?)height="[^"]*"', rf"<svg \1", text, count=1)
+    text = re.sub(r'<svg ([^>]*?)width="[^"]*"', r"<svg \1", text, count=1)
+    text = re.sub(r'<svg ([^>]*?)height="[^"]*"', r"<svg \1", text, count=1)
     text = re.sub(r' xmlns:xlink="[^"]*"', ' xmlns:xlink="http://www.w3.org/1999/xlink"', text, count=1)
     return Markup(re.sub(r"\s*\n\s*", "\n", opening + text[len("<svg") :]))  # noqa: S704 (text was escaped by the SVG writer)
 
@@ -103,3 +106,21 @@ def shorten(name: str, length: int) -> str:
         return name
     head = (length - 1) // 2
     return f"{name[:head]}\u2026{name[len(name) - (length - 1 - head) :]}"
+
+
+def distinct(names: Sequence[str], length: int) -> dict[str, str]:
+    """Labels of at most `length` characters; what all paths share is cut before what tells them apart."""
+    parts = {name: name.split(".") for name in names}
+    fewest = min(map(len, parts.values()), default=0)
+    cuts = [(head, 0) for head in range(fewest)]
+    cuts += [(head, tail) for head in reversed(range(fewest)) for tail in range(1, fewest - head)]
+    for head, tail in cuts:
+        left_out = {(tuple(p[:head]), tuple(p[len(p) - tail :])) for p in parts.values()}
+        labels = {name: _cut(p, head, tail) for name, p in parts.items()}
+        if len(left_out) == 1 and max(map(len, labels.values())) <= length:
+            return labels
+    return {name: shorten(name, length) for name in names}
+
+
+def _cut(parts: list[str], head: int, tail: int) -> str:
+    return ("\u2026" if head else "") + ".".join(parts[head : len(parts) - tail]) + ("\u2026" if tail else "")

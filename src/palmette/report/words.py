@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from palmette.report.figures import Clock, Figures, Row
 
 RUNTIMES = {"eager": "PyTorch eager", "onnxruntime": "ONNX Runtime", "macs": "multiply-add count"}
-MINUS, NARROW, TIMES = "\u2212", "\u202f", "\u00d7"
+MINUS, NARROW, FIXED, TIMES = "\u2212", "\u202f", "\u00a0", "\u00d7"
 DASH = "\u2013"
+ADDS = "multiply\u2011adds"
 
 
 def runtime(name: str) -> str:
@@ -58,7 +59,7 @@ def points(difference: list[float] | None) -> str:
     if difference is None:
         return DASH
     middle, low, high = difference
-    return f"{signed(middle)} [{signed(low)}, {signed(high)}]"
+    return f"{signed(middle)}{FIXED}[{signed(low)},{FIXED}{signed(high)}]"
 
 
 def error(value: float | None) -> str:
@@ -66,6 +67,14 @@ def error(value: float | None) -> str:
     if value is None:
         return DASH
     return "0" if value == 0 else f"{value:.1e}".replace("-", MINUS) if math.isfinite(value) else "not finite"
+
+
+def score(value: float | None) -> str:
+    """A score with three decimals, or as a power of ten where that would hide it."""
+    if value is None:
+        return DASH
+    plain = value == 0 or 1e-2 <= abs(value) < 1e4
+    return (f"{value:.3f}" if plain else f"{value:.1e}").replace("-", MINUS)
 
 
 def change(before: float | None, after: float | None) -> str:
@@ -145,9 +154,9 @@ def _speed(dense: Clock | None, shrunk: Clock | None, name: str) -> str:
 
 def _macs(dense: Row, shrunk: Row) -> str:
     if not dense.macs or dense.macs == shrunk.macs:
-        return "the same number of multiply-adds"
+        return f"the same number of {ADDS}"
     share = abs(100 * (1 - shrunk.macs / dense.macs))
-    return f"{share:.0f}{NARROW}% {'fewer' if shrunk.macs < dense.macs else 'more'} multiply-adds"
+    return f"{share:.0f}{NARROW}% {'fewer' if shrunk.macs < dense.macs else 'more'} {ADDS}"
 
 
 def lead(figures: Figures) -> list[str]:
@@ -156,15 +165,22 @@ def lead(figures: Figures) -> list[str]:
     if shrunk.removed == 0:
         return [figures.message] if figures.message else []
     parts = [plural(n, word) for n, word in ((shrunk.linearized, "activation"), (shrunk.dropped, "block")) if n]
-    said = [f"{figures.method} removed {' and '.join(parts)} from {figures.model}."]
+    said = [f"The method {_quoted(figures.method)} removed {' and '.join(parts)} from {figures.model}."]
     if shrunk.accuracy is not None and dense.accuracy is not None:
         said.append(
             f"Accuracy on {shrunk.n:,} {_split(figures.split)} samples: {percent(dense.accuracy)} before, "
-            f"{percent(shrunk.accuracy)} after; difference {points(shrunk.difference)} points (95 % interval, paired)."
+            f"{percent(shrunk.accuracy)} after; difference {points(shrunk.difference)} points "
+            f"(95{NARROW}% interval, paired)."
         )
     if figures.split != "test":
-        said.append("These samples also chose when to stop, because no test data was given: expect a little less on new data.")
+        said.append(
+            "These samples also chose when to stop, because no test data was given: expect a little less on new data."
+        )
     return [*said, *_controls(figures)]
+
+
+def _quoted(name: str) -> str:
+    return f"\u201c{name}\u201d"
 
 
 def _split(name: str) -> str:
@@ -174,22 +190,25 @@ def _split(name: str) -> str:
 def _controls(figures: Figures) -> list[str]:
     """What the controls say, and whether the method is told apart from chance."""
     again, chance, ours = figures.row("dense + same training"), figures.row("random removal"), figures.shrunk.difference
-    said = []
+    said, method = [], _quoted(figures.method)
     if again is not None and again.accuracy is not None:
         said.append(
             f"Control: the dense network with the same extra training reaches {percent(again.accuracy)} "
             f"({points(again.difference)} points)."
         )
     if chance is not None and chance.accuracy is not None:
-        text = f"Control: random removal of as many sites reaches {percent(chance.accuracy)} ({points(chance.difference)} points); "
+        text = (
+            f"Control: random removal of as many sites reaches {percent(chance.accuracy)} "
+            f"({points(chance.difference)} points); "
+        )
         if ours is None or chance.difference is None:
             said.append(text + "the two were not compared.")
         elif ours[1] > chance.difference[2]:
-            said.append(text + f"{figures.method} chose better than chance.")
+            said.append(text + f"{method} chose better than chance.")
         elif ours[2] < chance.difference[1]:
-            said.append(text + f"chance chose better than {figures.method}.")
+            said.append(text + f"chance chose better than {method}.")
         else:
-            said.append(text + f"a difference between {figures.method} and chance is not resolved.")
+            said.append(text + f"a difference between {method} and chance is not resolved.")
     if not said:
         said.append("The controls (dense with the same training, random removal) were not run.")
     return said
