@@ -135,6 +135,7 @@ def check_plan(row: dict[str, Any], family: Family, pair: tuple[nn.Module, nn.Mo
     """
     plan, pad, edited = draw_plan(family, pair[0], example, random.Random(f"{family.key} {seed}"))
     done: dict[str, Any] = {"seed": seed, "edits": len(plan), "pad": pad}
+    done["dropped"] = sum(edit.kind == "drop" for edit in plan)
     row.setdefault("plans", []).append(done)
     small, record = graph.collapse(edited, cost="macs", force=True)
     done["merged"] = sum(m.done for m in record.merges)
@@ -153,12 +154,13 @@ def check_plan(row: dict[str, Any], family: Family, pair: tuple[nn.Module, nn.Mo
 
 
 def check_merges(row: dict[str, Any]) -> str:
-    """Merges were done, or the reasons why none is possible were printed."""
+    """Merges or drops were done, or the reasons why none is possible were printed."""
     row["merges"] = sum(p.get("merged", 0) for p in row.get("plans", []))
+    row["drops"] = sum(p.get("dropped", 0) for p in row.get("plans", []))
     for dtype in ("float64", "float32"):
         row[f"worst_{dtype}"] = max((p[dtype] for p in row.get("plans", []) if dtype in p), default=None)
     possible = row.get("activations_removable", 0) + row.get("blocks_removable", 0)
-    if possible and not row["merges"]:
+    if possible and not row["merges"] + row["drops"]:
         return f"{possible} sites are removable but nothing was merged or dropped"
     return "" if possible or row.get("reasons") else "nothing is removable and no reason is given"
 
@@ -176,7 +178,7 @@ def draw_plan(family: Family, model: nn.Module, example: Any, rng: random.Random
     chosen = {p for s in sites if s.kind == "activation" and rng.random() < 0.6 for p in s.partners or (s.path,)}
     edits = [graph.linearize(path, fit=rng.choice(FITS)) for path in sorted(chosen)]
     blocks = [s for s in sites if s.kind == "block"]
-    drops = [graph.drop(s) for s in rng.sample(blocks, min(len(blocks), rng.randint(0, 3)))]
+    drops = [graph.drop(s) for s in rng.sample(blocks, min(len(blocks), rng.randint(1, 3)))]
     loader = [(inputs(family, 4, seed), torch.zeros(4, dtype=torch.long)) for seed in (50, 51)]
     while True:
         plan = graph.Plan([*edits, *drops])
@@ -247,8 +249,8 @@ def run_isolated(key: str, *, seconds: float, gibibytes: float) -> dict[str, Any
 
 def format_table(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table, failures below it."""
-    head = "| family | input | bit-equal, trains | activations | blocks | merges | float64 | float32 | s |"
-    lines = [head, "|---|---|---|---|---|---|---|---|---|"]
+    head = "| family | input | passes | activations | blocks | merged | dropped | float64 | float32 | s |"
+    lines = [head, "|---|---|---|---|---|---|---|---|---|---|"]
     for row in rows:
         cells = [
             row["family"],
@@ -257,6 +259,7 @@ def format_table(rows: list[dict[str, Any]]) -> str:
             f"{row.get('activations_removable', 0)}/{row.get('activations', 0)}",
             f"{row.get('blocks_removable', 0)}/{row.get('blocks', 0)}",
             str(row.get("merges", 0)),
+            str(row.get("drops", 0)),
             f"{row.get('worst_float64') or 0:.1e}",
             f"{row.get('worst_float32') or 0:.1e}",
             str(row.get("seconds", "")),
