@@ -1,4 +1,4 @@
-"""Activations of a captured graph, by call site: single operations, and composites such as x * sigmoid(x) or a tanh GELU."""
+"""Activations of a captured graph, by call site: single operations, and composites (x * sigmoid(x), a tanh GELU)."""
 
 from __future__ import annotations
 
@@ -26,9 +26,11 @@ def find_activations(gm: fx.GraphModule) -> list[Activation]:
     composites = _composites(gm)
     inside = {n for a in composites for n in a.region}
     found = list(composites)
-    for node in gm.graph.nodes:
-        if node not in inside and _is_single(node):
-            found.append(Activation(str(node.meta["path"]), op_name(node), node.args[0], node, frozenset([node])))
+    found += [
+        Activation(str(node.meta["path"]), op_name(node), node.args[0], node, frozenset([node]))
+        for node in gm.graph.nodes
+        if node not in inside and _is_single(node)
+    ]
     order = {n: i for i, n in enumerate(gm.graph.nodes)}
     return sorted(found, key=lambda a: order[a.output])
 
@@ -37,7 +39,12 @@ def _is_single(node: fx.Node) -> bool:
     if op_name(node) not in ACTIVATIONS or not node.args or not isinstance(node.args[0], fx.Node):
         return False
     others = [n for n in node.all_input_nodes if n is not node.args[0]]
-    return node.meta.get("shape") is not None and _floating(node) and all(is_state(n) for n in others) and not is_state(node.args[0])
+    return (
+        node.meta.get("shape") is not None
+        and _floating(node)
+        and all(is_state(n) for n in others)
+        and not is_state(node.args[0])
+    )
 
 
 def _floating(node: fx.Node) -> bool:

@@ -1,7 +1,7 @@
-"""Exact algebra of affine maps: convolutions of any rank, linear layers (rank 0) and per-channel maps, composed in float64.
+"""Exact algebra of affine maps: convolutions of any rank, linears (rank 0) and per-channel maps, composed in float64.
 
-A map is y = conv(pad(x), weight) + bias. `edge` says that the last input channel is a constant one: the map then sees where
-zero padding begins, which keeps a bias in front of a padded convolution exact (spec depth 9.2, policy bias_map).
+A map is y = conv(pad(x), weight) + bias. `edge` says that the last input channel is a constant one: the map then sees
+where zero padding begins, which keeps a bias in front of a padded convolution exact (spec depth 9.2, policy bias_map).
 Composition: spec depth 9.1; exactness: 9.2.
 """
 
@@ -17,7 +17,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Affine:
-    """weight [O, I/groups, *kernel] and bias [O] in float64; stride, padding (before, after) and dilation per spatial axis."""
+    """An affine map in float64: weight [O, I/groups, *kernel] and bias [O].
+
+    Stride, padding (before, after) and dilation are per spatial axis.
+    """
 
     weight: Tensor
     bias: Tensor
@@ -60,7 +63,7 @@ class Affine:
 
 
 def diagonal(slope: Tensor, offset: Tensor, rank: int) -> Affine:
-    """The per-channel map slope * x + offset as a depthwise 1x1 convolution (rank > 0) or a diagonal linear layer (rank 0)."""
+    """The per-channel map slope * x + offset: a depthwise 1x1 convolution (rank > 0) or a diagonal linear (rank 0)."""
     c = slope.numel()
     if rank == 0:
         return Affine(torch.diag(slope.double()), offset.double())
@@ -69,7 +72,7 @@ def diagonal(slope: Tensor, offset: Tensor, rank: int) -> Affine:
 
 
 def scaled(a: Affine, slope: Tensor, offset: Tensor) -> Affine:
-    """slope * a(x) + offset, per output channel."""
+    """The map slope * a(x) + offset, per output channel."""
     s = slope.double()
     return replace(a, weight=a.weight * s.view(-1, *[1] * (a.weight.dim() - 1)), bias=a.bias * s + offset.double())
 
@@ -80,7 +83,10 @@ def padded_before(a: Affine, before: tuple[int, ...], after: tuple[int, ...]) ->
 
 
 def inexact_reason(first: Affine, second: Affine) -> str:
-    """Why second(first(x)) is not one affine map of x, "" if it is exactly one (spec 9.2). Maps on the meta device are judged by shape."""
+    """Why second(first(x)) is not one affine map of x, "" if it is exactly one (spec 9.2).
+
+    Maps on the meta device are judged by shape.
+    """
     if not second.padded:
         return ""
     if not first.pointwise:
@@ -144,7 +150,9 @@ def compose(first: Affine, second: Affine) -> Affine:
     )
 
 
-def _products(a: Affine, b: Affine, groups: int, kernel: list[int], reach_a: list[int], reach_b: list[int]) -> tuple[Tensor, Tensor]:
+def _products(
+    a: Affine, b: Affine, groups: int, kernel: list[int], reach_a: list[int], reach_b: list[int]
+) -> tuple[Tensor, Tensor]:
     """Weight and bias of b(a(x)): every tap of b shifts the kernel of a (spec 9.1)."""
     rank, o, i = a.rank, b.out_channels // groups, a.weight.shape[1]
     wa = a.weight.view(groups, -1, i, *a.kernel)  # [G, M/G, I/G, *ka]
@@ -152,7 +160,12 @@ def _products(a: Affine, b: Affine, groups: int, kernel: list[int], reach_a: lis
     weight = a.weight.new_zeros(groups, o, i, *kernel)
     for tap in itertools.product(*(range(k) for k in b.kernel)):
         place = tuple(
-            slice(reach_b[d] * tap[d], reach_b[d] * tap[d] + max(reach_a[d], 1) * (a.kernel[d] - 1) + 1, max(reach_a[d], 1)) for d in range(rank)
+            slice(
+                reach_b[d] * tap[d],
+                reach_b[d] * tap[d] + max(reach_a[d], 1) * (a.kernel[d] - 1) + 1,
+                max(reach_a[d], 1),
+            )
+            for d in range(rank)
         )
         part = torch.einsum("gom,gmi...->goi...", wb[(slice(None),) * 3 + tap], wa)
         weight[(slice(None),) * 3 + place] += part
@@ -180,7 +193,7 @@ def skip_reason(a: Affine) -> str:
 
 
 def plus_skip(a: Affine) -> Affine:
-    """x + a(x): the identity kernel added at the centre tap (spec 9.4)."""
+    """The map x + a(x): the identity kernel added at the centre tap (spec 9.4)."""
     weight = a.weight.clone()
     centre = tuple(a.before[d] // a.dilation[d] for d in range(a.rank))
     per = a.out_channels // a.groups

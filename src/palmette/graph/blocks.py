@@ -12,7 +12,10 @@ from palmette.graph.ops import IDEMPOTENT, is_mutable, is_state, op_name, skip_t
 
 @dataclass(frozen=True)
 class Block:
-    """`output` = `source` + branch(`source`) (or two branches); `region`: the nodes between; dropping it means output := source."""
+    """`output` = `source` + branch(`source`) (or two branches); `region`: the nodes between.
+
+    Dropping it means output := source.
+    """
 
     path: str
     source: fx.Node
@@ -69,23 +72,27 @@ def _block_at(
         source = nodes[i]
         if is_state(source) or source.meta.get("shape") is None or not source.meta["dtype"].is_floating_point:
             continue
-        region = frozenset(n for n in nodes[i + 1 : order[node]] if above[n] >> i & 1 and above[node] >> order[n] & 1) | {node}
+        region = frozenset(
+            n for n in nodes[i + 1 : order[node]] if above[n] >> i & 1 and above[node] >> order[n] & 1
+        ) | {node}
         if all(u in region for n in region if n is not node for u in n.users):
-            if not _has_branch(gm, source, node, region):
+            if not _has_branch(node, region):
                 continue
-            return (*_with_activation(source, node, region), _reason(gm, source, node, region))
+            return (*_with_activation(source, node, region), _reason(source, node, region))
         if skip_transparent(gm, left) is source or skip_transparent(gm, right) is source:
             return None
     return None
 
 
-def _has_branch(gm: fx.GraphModule, source: fx.Node, node: fx.Node, region: frozenset[fx.Node]) -> bool:
+def _has_branch(node: fx.Node, region: frozenset[fx.Node]) -> bool:
     """A block must hold something with weights or a matrix product; x + act(x) is an activation."""
     return any(n.op == "call_module" or any(is_state(i) for i in n.all_input_nodes) for n in region if n is not node)
 
 
-def _with_activation(source: fx.Node, node: fx.Node, region: frozenset[fx.Node]) -> tuple[fx.Node, fx.Node, frozenset[fx.Node]]:
-    """Take the activation behind the sum into the block when the block's input came out of the same one (f(f(x)) = f(x))."""
+def _with_activation(
+    source: fx.Node, node: fx.Node, region: frozenset[fx.Node]
+) -> tuple[fx.Node, fx.Node, frozenset[fx.Node]]:
+    """Take in the activation behind the sum if the block's input came out of the same one (f(f(x)) = f(x))."""
     if len(node.users) == 1:
         user = next(iter(node.users))
         same = op_name(user) == op_name(source) and op_name(user) in IDEMPOTENT
@@ -94,7 +101,7 @@ def _with_activation(source: fx.Node, node: fx.Node, region: frozenset[fx.Node])
     return source, node, region
 
 
-def _reason(gm: fx.GraphModule, source: fx.Node, node: fx.Node, region: frozenset[fx.Node]) -> str:
+def _reason(source: fx.Node, node: fx.Node, region: frozenset[fx.Node]) -> str:
     if source.meta["shape"] != node.meta["shape"]:
         return f"unequal shapes: input {source.meta['shape'][1:]}, output {node.meta['shape'][1:]}"
     if source.op == "placeholder":

@@ -12,6 +12,7 @@ from palmette.errors import PlanError
 from palmette.graph.activations import find_activations
 from palmette.graph.affine import Affine, can_carry_edge, compose, inexact_reason, with_edge
 from palmette.graph.blocks import Block, find_blocks
+from palmette.graph.capture import make_inputs
 from palmette.graph.ops import is_state
 from palmette.graph.paths import Path, Reader
 from palmette.graph.rewrite import describe_map
@@ -40,7 +41,13 @@ class Candidate:
 
 
 def candidates(
-    gm: fx.GraphModule, example_inputs: Any, *, kind: str = "activation", cost: CostTable | None = None, pad: str = "repad", protect: Iterable[str] = ()
+    gm: fx.GraphModule,
+    example_inputs: Any,  # noqa: ARG001 (callers pass it; the graph knows its own shapes)
+    *,
+    kind: str = "activation",
+    cost: CostTable | None = None,
+    pad: str = "repad",
+    protect: Iterable[str] = (),
 ) -> list[Candidate]:
     """Everything of one kind ("activation" or "block") that could be removed from a captured graph, in execution order.
 
@@ -50,10 +57,11 @@ def candidates(
         raise PlanError(f"Unknown kind of site '{kind}'", fix="Use 'activation' or 'block'.")
     sites = activation_sites(gm, pad) if kind == "activation" else [s for s in block_sites(gm) if s.kind == "block"]
     if cost is not None and cost.runtime != "macs":
-        sites = with_measured_gain(gm, example_inputs, sites, cost, pad)
+        sites = with_measured_gain(gm, sites, cost, pad)
     by_path = {s.path: s for s in sites}
     ends = _ends(gm)
-    result, done = [], set()
+    result: list[Candidate] = []
+    done: set[str] = set()
     for site in sites:
         if site.path in done:
             continue
@@ -85,11 +93,17 @@ def _ends(gm: fx.GraphModule) -> set[str]:
     return {found[0], found[-1]} if found else set()
 
 
-def with_measured_gain(gm: fx.GraphModule, example_inputs: Any, sites: list[Site], cost: CostTable, pad: str) -> list[Site]:
-    """The sites with `ms_saved` measured at batch 1 (or looked up): the piece as it is against the piece after the removal."""
+def with_measured_gain(gm: fx.GraphModule, sites: list[Site], cost: CostTable, pad: str) -> list[Site]:
+    """The sites with `ms_saved` measured at batch 1 (or looked up): the piece as it is against the piece after."""
     gains: dict[tuple[str, ...], float] = {}
     reader = Reader(gm, find_activations(gm))
-    runs = {link.path: (path, i) for path in reader.paths() for i, e in enumerate(path) for link in e.links if not isinstance(link, fx.Node)}
+    runs = {
+        link.path: (path, i)
+        for path in reader.paths()
+        for i, e in enumerate(path)
+        for link in e.links
+        if not isinstance(link, fx.Node)
+    }
     blocks = {b.path: b for b in find_blocks(gm)}
     result = []
     for site in sites:
@@ -109,8 +123,9 @@ def with_measured_gain(gm: fx.GraphModule, example_inputs: Any, sites: list[Site
 def _merge_gain(reader: Reader, elements: Path, cost: CostTable, pad: str) -> float:
     """Time of the elements with their activations minus time of the merged operation."""
     merged = _merged(reader, elements, pad)
-    ops = [a.op for e in elements[:-1] for a in e.links]  # type: ignore[union-attr]
-    nodes = [n for e in elements for n in e.nodes] + [n for e in elements[:-1] for a in e.links for n in a.region]  # type: ignore[union-attr]
+    links: list[Any] = [a for e in elements[:-1] for a in e.links]
+    ops = [a.op for a in links]
+    nodes = [n for e in elements for n in e.nodes] + [n for a in links for n in a.region]
     before, _ = extract(reader.gm, nodes, elements[-1].nodes[-1])
     after = Merged(merged, like=next(before.parameters()))
     key = f"{signature(reader, elements)} with {','.join(ops)} -> {describe_map(merged)}"
@@ -123,7 +138,10 @@ def _merged(reader: Reader, elements: Path, pad: str) -> Affine:
     maps = [reader.affine(e) for e in elements]
     merged = maps[0]
     for m in maps[1:]:
-        merged = compose(with_edge(merged) if pad == "bias_map" and inexact_reason(merged, m) and can_carry_edge(merged) else merged, m)
+        merged = compose(
+            with_edge(merged) if pad == "bias_map" and inexact_reason(merged, m) and can_carry_edge(merged) else merged,
+            m,
+        )
     return merged
 
 
@@ -135,7 +153,5 @@ def _block_gain(gm: fx.GraphModule, block: Block, cost: CostTable) -> float:
 
 
 def _noise(shape: list[int], module: Any) -> Any:
-    from palmette.graph.capture import make_inputs
-
     dtype = next(module.parameters()).dtype
     return make_inputs({"shape": shape, "dtype": str(dtype).removeprefix("torch.")})

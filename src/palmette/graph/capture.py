@@ -1,8 +1,9 @@
 """Capture any network into an editable graph of ordinary modules that computes bit for bit the same and still trains.
 
-`torch.export` traces the network in eval mode with a dynamic batch; the exported operations are then raised back to modules
-(raising.py). What acts only in training is found again: dropout stays in the exported graph, modules that return their input in
-eval mode (stochastic depth in any implementation) are marked by a hook, attention dropout is recorded in a training pass.
+`torch.export` traces the network in eval mode with a dynamic batch; the exported operations are then raised back to
+modules (raising.py). What acts only in training is found again: dropout stays in the exported graph, modules that
+return their input in eval mode (stochastic depth in any implementation) are marked by a hook, attention dropout is
+recorded in a training pass.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ _LIBRARY.define("mark(Tensor x, str path) -> Tensor")
 
 
 @torch.library.impl(_LIBRARY, "mark", "CompositeExplicitAutograd")
-def _mark(x: Tensor, path: str) -> Tensor:
+def _mark(x: Tensor, _path: str) -> Tensor:
     return x.clone()
 
 
-@torch.library.register_fake("palmette::mark")
-def _mark_fake(x: Tensor, path: str) -> Tensor:
+@torch.library.register_fake("palmette::mark")  # type: ignore[untyped-decorator]
+def _mark_fake(x: Tensor, _path: str) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -49,10 +50,11 @@ def is_captured(model: nn.Module) -> bool:
 def capture(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
     """An editable copy of `model` whose forward is bit-equal to it in eval mode.
 
-    `example_inputs`: a tensor, tuple or dict of tensors [batch, ...]; a batch of one is repeated, for the batch stays dynamic.
-    Convolutions, linears, norms and dropouts come back as modules at their original paths; a shared parameter stays one Parameter.
-    Node metadata: `path` (stable name), `shape` and `dtype` at the example batch. `meta["palmette"]["lost"]` lists randomness of
-    the training mode that could not be restored. A captured network is copied.
+    `example_inputs`: a tensor, tuple or dict of tensors [batch, ...]; a batch of one is repeated, for the batch stays
+    dynamic. Convolutions, linears, norms and dropouts come back as modules at their original paths; a shared parameter
+    stays one Parameter. Node metadata: `path` (stable name), `shape` and `dtype` at the example batch.
+    `meta["palmette"]["lost"]` lists randomness of the training mode that could not be restored. A captured network is
+    copied.
     Raises CaptureError (naming the line) if the network does not trace, InputError if it refuses the inputs.
     """
     if is_captured(model):
@@ -140,7 +142,11 @@ def example_of(gm: fx.GraphModule) -> Any:
     """Example inputs of a captured network, made from their description in the network's present dtype and device."""
     weight = next((p for p in gm.parameters() if p.is_floating_point()), None)
     example = make_inputs(gm.meta["palmette"]["inputs"])
-    return example if weight is None else map_tensors(lambda t: t.to(weight) if t.is_floating_point() else t.to(weight.device), example)
+    return (
+        example
+        if weight is None
+        else map_tensors(lambda t: t.to(weight) if t.is_floating_point() else t.to(weight.device), example)
+    )
 
 
 @contextlib.contextmanager
@@ -161,7 +167,10 @@ def _run(source: nn.Module, example: Any) -> Any:
     except Exception as error:
         shapes = [tuple(t.shape) for t in tensors(example)]
         raise InputError(
-            f"The model refuses inputs of shape {shapes}", where=_user_line(error), why=_one_line(error), fix="Pass inputs that the model accepts."
+            f"The model refuses inputs of shape {shapes}",
+            where=_user_line(error),
+            why=_one_line(error),
+            fix="Pass inputs that the model accepts.",
         ) from error
 
 
@@ -184,9 +193,12 @@ def _export(source: nn.Module, example: Any) -> tuple[fx.GraphModule, torch.expo
         module = program.module(check_guards=False)
     if not program.range_constraints:
         raise CaptureError(
-            "The model fixes the batch size", where=type(source).__name__, why="its forward only works for the example's batch", fix="Write the batch as x.shape[0] or -1."
+            "The model fixes the batch size",
+            where=type(source).__name__,
+            why="its forward only works for the example's batch",
+            fix="Write the batch as x.shape[0] or -1.",
         )
-    return module, program  # type: ignore[return-value]
+    return module, program
 
 
 def _plain_signature(graph: fx.Graph, example: Any, reference: Any) -> None:
@@ -247,7 +259,7 @@ def _restored_random_state() -> Iterator[None]:
 
 
 def _attention_dropout(source: nn.Module, example: Any) -> list[float]:
-    """Dropout probability of every scaled dot-product attention call of a training pass, in order; [] where it cannot run."""
+    """Dropout probability of every scaled dot-product attention call of a training pass, in order; [] if it fails."""
     found: list[float] = []
     original = torch.nn.functional.scaled_dot_product_attention
 
@@ -260,7 +272,7 @@ def _attention_dropout(source: nn.Module, example: Any) -> list[float]:
     try:
         with torch.no_grad(), _restored_random_state(), _quiet():
             call(probe, example)
-    except Exception:  # a network that cannot run in training mode on this example has no attention dropout to restore
+    except Exception:  # noqa: BLE001 (what cannot train on this example has no attention dropout to restore)
         return []
     finally:
         torch.nn.functional.scaled_dot_product_attention = original
@@ -271,7 +283,7 @@ class _RandomCounter(TorchDispatchMode):
     """Counts operations that draw random numbers."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -287,11 +299,12 @@ def _lost_randomness(source: nn.Module, gm: fx.GraphModule, example: Any) -> lis
         try:
             with _RandomCounter() as counter, torch.no_grad(), _restored_random_state(), _quiet():
                 call(probe, example)
-        except Exception:  # e.g. batch norm over a single value: training on this example is impossible for both
+        except Exception:  # noqa: BLE001 (e.g. batch norm over a single value: neither can train on this example)
             return []
         counts.append(counter.count)
     if counts[0] > counts[1]:
-        return [f"{counts[0] - counts[1]} of {counts[0]} random operations of training mode are written as functions and were not restored"]
+        missing = f"{counts[0] - counts[1]} of {counts[0]} random operations of training mode"
+        return [f"{missing} are written as functions and were not restored"]
     return []
 
 
@@ -303,7 +316,8 @@ def _check_equal(gm: fx.GraphModule, example: Any, reference: Any) -> None:
             error = (a.double() - b.double()).abs().max().item()
             raise CaptureError(
                 f"The captured graph differs from the model by {error:.1e}",
-                why="its forward depends on something other than its inputs and weights (random numbers, state, the clock)",
+                why="its forward depends on something other than its inputs and weights "
+                "(random numbers, state, the clock)",
                 fix="Make the forward deterministic in eval mode.",
             )
 
@@ -315,7 +329,11 @@ def _leaves(output: Any) -> list[Any]:
 def _user_line(error: BaseException) -> str | None:
     """File and line of the innermost frame outside torch and palmette."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if "/torch/" not in f.filename and "/palmette/graph/" not in f.filename and not f.filename.startswith("<")]
+    own = [
+        f
+        for f in frames
+        if "/torch/" not in f.filename and "/palmette/graph/" not in f.filename and not f.filename.startswith("<")
+    ]
     return f"{own[-1].filename}:{own[-1].lineno}" if own else None
 
 
@@ -330,5 +348,6 @@ def _explain(error: Exception, model: nn.Module) -> CaptureError:
         f"{type(model).__name__} does not trace into a graph",
         where=where,
         why=_one_line(error),
-        fix="Rewrite that line without control flow on tensor values (torch.where instead of if), or wrap the model around it.",
+        fix="Rewrite that line without control flow on tensor values (torch.where instead of if), "
+        "or wrap the model around it.",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -37,8 +38,10 @@ GAIN = 0.98
 
 @dataclass(frozen=True)
 class MergeRecord:
-    """One merge, done or refused. `members`: paths merged into `result`; `worst_error`: largest relative error of the merged
-    operation against what it replaces, in float64 (`worst_error_float32`: in float32); MACs per sample; ms at batch 1 when measured.
+    """One merge, done or refused.
+
+    `members`: paths merged into `result`; `worst_error`: largest relative error of the merged operation against what
+    it replaces, in float64 (`worst_error_float32`: in float32); MACs per sample; ms at batch 1 when measured.
     """
 
     members: tuple[str, ...]
@@ -70,13 +73,20 @@ class CollapseRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
-        return {"merges": [asdict(m) for m in self.merges], "narrowed": self.narrowed, "absorbed": self.absorbed, "cost": self.cost}
+        return {
+            "merges": [asdict(m) for m in self.merges],
+            "narrowed": self.narrowed,
+            "absorbed": self.absorbed,
+            "cost": self.cost,
+        }
 
     def __str__(self) -> str:
         lines = [f"{len(self.done)} of {len(self.merges)} merges done (cost: {self.cost})"]
         for m in self.merges:
             state = f"{m.exactness}, error {m.worst_error:.1e}" if m.done else f"refused: {m.reason}"
-            lines.append(f"  {' + '.join(m.members)}: {m.macs_before / 1e6:.2f} -> {m.macs_after / 1e6:.2f} M MACs, {state}")
+            lines.append(
+                f"  {' + '.join(m.members)}: {m.macs_before / 1e6:.2f} -> {m.macs_after / 1e6:.2f} M MACs, {state}"
+            )
         return "\n".join(lines)
 
 
@@ -94,16 +104,20 @@ def collapse(
 ) -> tuple[fx.GraphModule, CollapseRecord]:
     """The smaller plain module that computes what `edited` computes in eval mode, and a record of every merge.
 
-    Uses the current (healed) weights of `edited`, which stays untouched. `cost`: "macs", a runtime ("eager", "onnxruntime") that is
-    timed at batch 1, or a stored cost table; merges that do not lower it are refused unless `force`. Merges that would change border
-    pixels are refused unless `allow_inexact`. Algebra in float64.
+    Uses the current (healed) weights of `edited`, which stays untouched. `cost`: "macs", a runtime ("eager",
+    "onnxruntime") that is timed at batch 1, or a stored cost table; merges that do not lower it are refused unless
+    `force`. Merges that would change border pixels are refused unless `allow_inexact`. Algebra in float64.
     Raises InputError if `edited` did not come from Plan.apply.
     """
     if not is_captured(edited):
-        raise InputError("collapse needs a network that Plan.apply returned", fix="Call plan.apply(model, example_inputs) first.")
+        raise InputError(
+            "collapse needs a network that Plan.apply returned", fix="Call plan.apply(model, example_inputs) first."
+        )
     gm: fx.GraphModule = copy.deepcopy(edited)  # type: ignore[assignment]
     table = None if cost == "macs" or force else _table(cost)
-    record = CollapseRecord(cost="forced" if force else cost if isinstance(cost, str) else table.runtime if table else "macs")
+    record = CollapseRecord(
+        cost="forced" if force else cost if isinstance(cost, str) else table.runtime if table else "macs"
+    )
     worker = _Worker(gm, record, table, force, allow_inexact)
     _finish(gm, worker.run())
     return gm, record
@@ -145,14 +159,18 @@ class _Worker:
     def run(self) -> list[dict[str, Any]]:
         decisions: list[dict[str, Any]] = []
         reader = Reader(self.gm)
-        chosen = [choice for path in reader.paths() for run in linear_runs(path) for choice in self._choose(reader, run)]
+        chosen = [
+            choice for path in reader.paths() for run in linear_runs(path) for choice in self._choose(reader, run)
+        ]
         for choice in chosen:
             decisions.append(self._merge(reader, choice))
             reader = Reader(self.gm)
         for decision in self._narrowings(Reader(self.gm)):
             narrow(self.gm, decision)
             decisions.append(decision)
-            self.record.narrowed.append({"producer": decision["producer"], "kept": len(decision["keep"]), "of": decision["of"]})
+            self.record.narrowed.append(
+                {"producer": decision["producer"], "kept": len(decision["keep"]), "of": decision["of"]}
+            )
         for node in list(self.gm.graph.nodes):
             if isinstance(module_of(self.gm, node), ChannelAffine):
                 decision = {"type": "absorb", "affine": node.meta["path"], "into": absorb_target(Reader(self.gm), node)}
@@ -161,7 +179,7 @@ class _Worker:
                 self.record.absorbed.append(str(decision["affine"]))
         return decisions
 
-    # -- which merges ---------------------------------------------------------------------------------------------------
+    # -- which merges --------------------------------------------------------------------------------------------------
 
     def _choose(self, reader: Reader, run: Path) -> list[_Choice]:
         """The best set of disjoint merges of neighbouring elements: most gain, or with `force` most operations gone."""
@@ -171,7 +189,10 @@ class _Worker:
         refused: list[MergeRecord] = []
         for i in range(n):
             for j in range(i + 1, n):
-                if self.wanted is not None and tuple(n.meta["path"] for e in run[i : j + 1] for n in e.nodes) not in self.wanted:
+                if (
+                    self.wanted is not None
+                    and tuple(n.meta["path"] for e in run[i : j + 1] for n in e.nodes) not in self.wanted
+                ):
                     continue
                 choice, why = self._option(reader, run[i : j + 1])
                 if isinstance(choice, _Choice) and (self.force or self._pays(choice)):
@@ -192,7 +213,10 @@ class _Worker:
 
     def _option(self, reader: Reader, elements: Path) -> tuple[_Choice | None, str]:
         maps = [reader.affine(e) for e in elements]
-        merged, exactness = maps[0], "exact" if self.pad != "repad" or maps[0].rank == 0 or not maps[0].padded else "repad"
+        merged, exactness = (
+            maps[0],
+            "exact" if self.pad != "repad" or maps[0].rank == 0 or not maps[0].padded else "repad",
+        )
         for m in maps[1:]:
             why = inexact_reason(merged, m)
             if why and self.pad == "bias_map" and can_carry_edge(merged):
@@ -201,11 +225,16 @@ class _Worker:
                 return None, why
             exactness = "approx" if why else exactness
             merged = compose(merged, m)
-        before, after = float(sum(element_macs(reader, e) for e in elements)), float(merged.weight.numel() * positions(elements[-1]))
+        before, after = (
+            float(sum(element_macs(reader, e) for e in elements)),
+            float(merged.weight.numel() * positions(elements[-1])),
+        )
         if self.table is not None and self.table.runtime != "macs":
             key = f"{signature(reader, elements)} -> {describe_map(merged)}"
             twins = for_timing(unmerged(reader, elements)), Merged(merged, like=_like(reader, elements)).eval()
-            example = make_inputs({"shape": input_shape(elements[0]), "dtype": str(_like(reader, elements).dtype).removeprefix("torch.")})
+            example = make_inputs(
+                {"shape": input_shape(elements[0]), "dtype": str(_like(reader, elements).dtype).removeprefix("torch.")}
+            )
             before, after = self.table.compare(key, *twins, example)
         return _Choice(elements, merged, exactness, before, after), ""
 
@@ -225,12 +254,17 @@ class _Worker:
         ms = (choice.before, choice.after) if timed else (None, None)
         return MergeRecord(members, "", False, reason, choice.exactness, 0.0, 0.0, macs, after, *ms)
 
-    # -- doing it -------------------------------------------------------------------------------------------------------
+    # -- doing it ------------------------------------------------------------------------------------------------------
 
     def _merge(self, reader: Reader, choice: _Choice) -> dict[str, Any]:
         elements, merged = choice.elements, choice.merged
         nodes = [n for e in elements for n in e.nodes]
-        worst, worst32 = errors(unmerged(reader, elements), Merged(merged, like=merged.weight), input_shape(elements[0]), _like(reader, elements))
+        worst, worst32 = errors(
+            unmerged(reader, elements),
+            Merged(merged, like=merged.weight),
+            input_shape(elements[0]),
+            _like(reader, elements),
+        )
         macs_before = sum(element_macs(reader, e) for e in elements)
         macs_after = merged.weight.numel() * positions(elements[-1])
         skip = self._skip(nodes, merged)
@@ -242,7 +276,11 @@ class _Worker:
             offset = torch.zeros_like(module.weight) if module.bias is None else module.bias
             merged = compose(diagonal(module.weight.detach(), offset.detach(), 0), merged)
         first = elements[0].main
-        result = str(first.target) if first.op == "call_module" else "merged." + elements[0].path.replace(".", "_").replace("#", "_")
+        result = (
+            str(first.target)
+            if first.op == "call_module"
+            else "merged." + elements[0].path.replace(".", "_").replace("#", "_")
+        )
         decision = {
             "type": "merge",
             "nodes": [n.meta["path"] for n in nodes],
@@ -256,13 +294,21 @@ class _Worker:
         ms = (choice.before, choice.after) if timed else (None, None)
         members = tuple(e.path for e in elements)
         reason = "skip absorbed" if skip else ""
-        self.record.merges.append(MergeRecord(members, result, True, reason, choice.exactness, worst, worst32, macs_before, macs_after, *ms))
+        self.record.merges.append(
+            MergeRecord(members, result, True, reason, choice.exactness, worst, worst32, macs_before, macs_after, *ms)
+        )
         return decision
 
     def _skip(self, nodes: list[fx.Node], merged: Affine) -> fx.Node | None:
         """The addition x + run(x) behind the run, if the identity can go into the kernel."""
         users = list(nodes[-1].users)
-        if len(users) != 1 or op_name(users[0]) != "add" or len(users[0].args) != 2 or users[0].kwargs or skip_reason(merged):
+        if (
+            len(users) != 1
+            or op_name(users[0]) != "add"
+            or len(users[0].args) != 2
+            or users[0].kwargs
+            or skip_reason(merged)
+        ):
             return None
         other = [a for a in users[0].args if a is not nodes[-1]]
         return users[0] if other == [nodes[0].args[0]] else None
@@ -271,7 +317,12 @@ class _Worker:
         """A layer norm over the last axis that only the merged linear reads, with a scale to fold."""
         source: Any = first.args[0]
         module = module_of(self.gm, source)
-        if not isinstance(module, nn.LayerNorm) or module.weight is None or len(module.normalized_shape) != 1 or len(source.users) != 1:
+        if (
+            not isinstance(module, nn.LayerNorm)
+            or getattr(module, "weight", None) is None
+            or len(module.normalized_shape) != 1
+            or len(source.users) != 1
+        ):
             return None
         calls = sum(str(n.target) == str(source.target) for n in self.gm.graph.nodes if n.op == "call_module")
         return source if calls == 1 else None
@@ -280,7 +331,7 @@ class _Worker:
         """Dead channels of former activations that were not merged: rows and columns that can go."""
         found = []
         for path in reader.paths():
-            for producer, consumer in zip(path, path[1:], strict=False):
+            for producer, consumer in itertools.pairwise(path):
                 affine = producer.links[0] if producer.links else None
                 if isinstance(affine, fx.Node) and len(producer.links) == 1 and producer.nodes[-1] is affine:
                     decision = self._narrowing(reader, producer, consumer, affine)
@@ -288,10 +339,15 @@ class _Worker:
                         found.append(decision)
         return found
 
-    def _narrowing(self, reader: Reader, producer: Element, consumer: Element, affine: fx.Node) -> dict[str, Any] | None:
+    def _narrowing(
+        self, reader: Reader, producer: Element, consumer: Element, affine: fx.Node
+    ) -> dict[str, Any] | None:
         module: Any = module_of(self.gm, affine)
         dead = module.slope.detach() == 0
-        plain = all(e.main.op == "call_module" and reader.is_affine(e.main) and reader.shape_of(e).groups == 1 for e in (producer, consumer))
+        plain = all(
+            e.main.op == "call_module" and reader.is_affine(e.main) and reader.shape_of(e).groups == 1
+            for e in (producer, consumer)
+        )
         if not plain or not bool(dead.any()) or bool(dead.all()) or reader.shape_of(consumer).in_channels != len(dead):
             return None
         if reader.shape_of(consumer).padded and bool((module.offset.detach()[dead] != 0).any()):

@@ -1,12 +1,13 @@
-"""Apply edits to a captured graph: linearise an activation, drop a block, move zero padding to the front of what will merge."""
+"""Apply edits to a captured graph: linearise an activation, drop a block, move zero padding ahead of a merge."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from palmette.errors import PlanError, RefusedEdit
 from palmette.graph.activations import find_activations
@@ -20,7 +21,10 @@ if TYPE_CHECKING:
 
 
 def apply_edits(gm: fx.GraphModule, edits: Iterable[Edit], pad: str) -> None:
-    """Do the edits in place, in order. Raises PlanError if a site is not there, RefusedEdit with the reason if it cannot be done."""
+    """Do the edits in place, in order.
+
+    Raises PlanError if a site is not there, RefusedEdit with the reason if it cannot be done.
+    """
     removable = {s.path: s.reason for s in activation_sites(gm, pad)}
     for edit in edits:
         if edit.kind == "linearize":
@@ -33,7 +37,9 @@ def apply_edits(gm: fx.GraphModule, edits: Iterable[Edit], pad: str) -> None:
 def _linearize(gm: fx.GraphModule, edit: Edit, reasons: dict[str, str]) -> None:
     activation = next((a for a in find_activations(gm) if a.path == edit.site), None)
     if activation is None:
-        raise PlanError(f"No activation is called '{edit.site}'", fix="List the sites with `palmette sites` or pm.find_sites.")
+        raise PlanError(
+            f"No activation is called '{edit.site}'", fix="List the sites with `palmette sites` or pm.find_sites."
+        )
     if not edit.force and reasons.get(edit.site):
         raise RefusedEdit(f"'{edit.site}' cannot be linearised", why=reasons[edit.site])
     axis = site_axis(gm, activation)
@@ -42,7 +48,10 @@ def _linearize(gm: fx.GraphModule, edit: Edit, reasons: dict[str, str]) -> None:
     slope = torch.ones(channels) if edit.slope is None else torch.tensor(edit.slope, dtype=torch.float64)
     offset = torch.zeros(channels) if edit.offset is None else torch.tensor(edit.offset, dtype=torch.float64)
     if slope.numel() != channels:
-        raise PlanError(f"The edit of '{edit.site}' has {slope.numel()} slopes for {channels} channels", fix="Fit the plan on this model.")
+        raise PlanError(
+            f"The edit of '{edit.site}' has {slope.numel()} slopes for {channels} channels",
+            fix="Fit the plan on this model.",
+        )
     module = ChannelAffine(slope.to(reference), offset.to(reference), axis, trainable=edit.fit == "affine")
     path = "linearized." + edit.site.replace(".", "_").replace("#", "_")
     set_module(gm, path, module.train(gm.training))
@@ -57,7 +66,9 @@ def _linearize(gm: fx.GraphModule, edit: Edit, reasons: dict[str, str]) -> None:
 def _drop(gm: fx.GraphModule, edit: Edit) -> None:
     block = next((b for b in find_blocks(gm) if b.path == edit.site), None)
     if block is None:
-        raise PlanError(f"No block is called '{edit.site}'", fix="List the sites with `palmette sites` or pm.find_sites.")
+        raise PlanError(
+            f"No block is called '{edit.site}'", fix="List the sites with `palmette sites` or pm.find_sites."
+        )
     if block.reason:
         raise RefusedEdit(f"Block '{edit.site}' cannot be dropped", why=block.reason)
     block.output.replace_all_uses_with(block.source)
@@ -65,7 +76,7 @@ def _drop(gm: fx.GraphModule, edit: Edit) -> None:
 
 
 def repad(gm: fx.GraphModule) -> None:
-    """Move the zero padding of every run of operations joined by linearised activations to the run's first one (spec depth 9.2)."""
+    """Move the zero padding of every run joined by linearised activations to its first operation (spec depth 9.2)."""
     reader = Reader(gm)
     for path in reader.paths():
         for run in linear_runs(path):
@@ -92,7 +103,7 @@ def _repad_run(reader: Reader, run: Path) -> None:
         return
     before, after = list(shapes[0].before), list(shapes[0].after)
     stride = [1] * run[0].rank
-    for previous, shape in zip(shapes, shapes[1:], strict=False):
+    for previous, shape in itertools.pairwise(shapes):
         for d in range(run[0].rank):
             stride[d] *= previous.stride[d]
             before[d] += stride[d] * shape.before[d]
@@ -125,23 +136,24 @@ def set_padding(reader: Reader, element: Element, before: tuple[int, ...], after
 
 def insert_pad(gm: fx.GraphModule, node: fx.Node, before: list[int], after: list[int]) -> fx.Node:
     """A zero-padding node in front of `node`."""
-    source = node.args[0]
+    source: Any = node.args[0]
     sizes = [v for pair in zip(reversed(before), reversed(after), strict=True) for v in pair]
     with gm.graph.inserting_before(node):
         pad = gm.graph.call_function(torch.ops.aten.constant_pad_nd.default, (source, sizes, 0.0))
-    spatial = [n + b + a for n, b, a in zip(source.meta["shape"][2:], before, after, strict=True)]  # type: ignore[union-attr]
-    pad.meta.update(shape=(*source.meta["shape"][:2], *spatial), dtype=node.meta["dtype"], path=f"{node.meta['path']}.pad")  # type: ignore[union-attr]
-    node.replace_input_with(source, pad)  # type: ignore[arg-type]
+    spatial = [n + b + a for n, b, a in zip(source.meta["shape"][2:], before, after, strict=True)]
+    pad.meta.update(
+        shape=(*source.meta["shape"][:2], *spatial), dtype=node.meta["dtype"], path=f"{node.meta['path']}.pad"
+    )
+    node.replace_input_with(source, pad)
     return pad
 
 
 def _write_padding(gm: fx.GraphModule, node: fx.Node, rank: int, padding: tuple[int, ...]) -> None:
     module: Any = module_of(gm, node)
-    if isinstance(module, nn.Module):
+    if module is not None:
         module.padding = padding
         module._reversed_padding_repeated_twice = [p for p in reversed(padding) for _ in range(2)]
         return
     stride, _, _, dilation, groups = conv_settings(gm, node, rank)
     args: list[Any] = [*node.args[:3], *[None][len(node.args) - 2 :]] if len(node.args) < 3 else list(node.args[:3])
     node.args = (*args, list(stride), list(padding), list(dilation), groups)
-

@@ -55,7 +55,9 @@ def batch_size(inputs: Any) -> int:
     """Length of the first axis of the first tensor."""
     found = tensors(inputs)
     if not found or found[0].dim() == 0:
-        raise InputError("The inputs hold no batched tensor", fix="Pass a tensor, a tuple or a dict of tensors [batch, ...].")
+        raise InputError(
+            "The inputs hold no batched tensor", fix="Pass a tensor, a tuple or a dict of tensors [batch, ...]."
+        )
     return int(found[0].shape[0])
 
 
@@ -102,13 +104,17 @@ def inputs_of(batch: Any) -> Any:
 
 
 def main_output(output: Any) -> Tensor:
-    """The logits: the tensor itself, `.logits` or `["logits"]`, else the first floating tensor. Raises InputError if there is none."""
-    if isinstance(output, Mapping) and isinstance(output.get("logits"), Tensor):
-        return output["logits"]
-    logits = getattr(output, "logits", None)
+    """The logits: the tensor itself, `.logits` or `["logits"]`, else the first floating tensor.
+
+    Raises InputError if there is none.
+    """
+    entry = output.get("logits") if isinstance(output, Mapping) else None
+    logits = entry if isinstance(entry, Tensor) else getattr(output, "logits", None)
     if isinstance(logits, Tensor):
         return logits
     for t in tensors(output):
         if t.is_floating_point():
             return t
-    raise InputError("The model returns no floating-point tensor", fix="Return the logits, or a dict with a 'logits' entry.")
+    raise InputError(
+        "The model returns no floating-point tensor", fix="Return the logits, or a dict with a 'logits' entry."
+    )

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from palmette.errors import InputError, PlanError
 from palmette.files import write_atomic
-from palmette.graph.capture import capture, is_captured, make_inputs, set_shapes
+from palmette.graph.capture import is_captured, make_inputs, set_shapes
 from palmette.graph.ops import remove_dead
 from palmette.graph.plan import Plan
 from palmette.graph.rewrite import replay
@@ -39,14 +39,18 @@ def weights_hash(state: dict[str, Tensor]) -> str:
 
 
 def save(model: nn.Module, file: str | Path, *, source: nn.Module | None = None) -> None:
-    """Write the weights of an edited or collapsed network with what `load` needs to rebuild it, atomically and without pickle.
+    """Write the weights of an edited or collapsed network with what `load` needs to rebuild it.
 
-    `source`: the network it was made from; when given, `load` refuses a source of another structure.
+    The file is written atomically and without pickle. `source`: the network it was made from; when given, `load`
+    refuses a source of another structure.
     Raises InputError if `model` did not come from palmette.
     """
     if not is_captured(model):
-        raise InputError("Only networks that palmette made can be saved with a plan", fix="Save others with safetensors.")
-    info = dict(model.meta["palmette"])
+        raise InputError(
+            "Only networks that palmette made can be saved with a plan", fix="Save others with safetensors."
+        )
+    meta: Any = model.meta
+    info: dict[str, Any] = dict(meta["palmette"])
     state, aliases = _unshared(model.state_dict())
     metadata = {
         "palmette": str(FORMAT),
@@ -64,15 +68,20 @@ def save(model: nn.Module, file: str | Path, *, source: nn.Module | None = None)
 
 
 def load(source_model: nn.Module, file: str | Path) -> fx.GraphModule:
-    """Rebuild the network that `save` wrote from the network it was made from (its weights do not matter), without timing or algebra.
+    """Rebuild the network that `save` wrote from the network it was made from, without timing or algebra.
 
+    The weights of `source_model` do not matter.
     Raises InputError for a missing, truncated or foreign file, PlanError if the source model is another network.
     """
     path = Path(file)
     state, metadata = _read(path)
     expected = metadata.get("source")
     if expected and expected != structure_hash(source_model):
-        raise PlanError("The source model has another structure than the one the file was made from", where=str(path), fix="Pass the original model.")
+        raise PlanError(
+            "The source model has another structure than the one the file was made from",
+            where=str(path),
+            fix="Pass the original model.",
+        )
     example = make_inputs(json.loads(metadata["inputs"]))
     gm = Plan.from_json(metadata["plan"]).apply(source_model, example, metadata["pad"])
     decisions = json.loads(metadata["decisions"])
@@ -99,9 +108,15 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             metadata = dict(f.metadata() or {})
             state = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (safe_open is no mapping)
     except (SafetensorError, OSError) as error:
-        raise InputError("The file is truncated or no safetensors file", where=str(path), why=str(error), fix="Write it again.") from error
+        raise InputError(
+            "The file is truncated or no safetensors file", where=str(path), why=str(error), fix="Write it again."
+        ) from error
     if metadata.get("palmette") != str(FORMAT):
-        raise InputError("The file holds no palmette plan", where=str(path), fix="Pass a file written by palmette, or load plain weights with --weights.")
+        raise InputError(
+            "The file holds no palmette plan",
+            where=str(path),
+            fix="Pass a file written by palmette, or load plain weights with --weights.",
+        )
     return state, metadata
 
 
@@ -125,5 +140,9 @@ def _fill(gm: fx.GraphModule, state: dict[str, Tensor], path: Path) -> None:
     wrong = [k for k in own if k in state and own[k].shape != state[k].shape]
     if missing or extra or wrong:
         names = ", ".join((missing + extra + wrong)[:3])
-        raise PlanError(f"The file does not fit the source model (first differing: {names})", where=str(path), fix="Pass the original model.")
+        raise PlanError(
+            f"The file does not fit the source model (first differing: {names})",
+            where=str(path),
+            fix="Pass the original model.",
+        )
     gm.load_state_dict({k: v.to(own[k].dtype) for k, v in state.items()})

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,7 +37,9 @@ def instrument(gm: fx.GraphModule, watchers: Mapping[str, Watcher]) -> fx.GraphM
     """
     twin = fx.GraphModule(gm, _copied(gm.graph))
     twin.meta.update(gm.meta)
-    ends = {b.path: (b.source, b.output) for b in find_blocks(twin)} | {a.path: (a.source, a.output) for a in find_activations(twin)}
+    ends = {b.path: (b.source, b.output) for b in find_blocks(twin)} | {
+        a.path: (a.source, a.output) for a in find_activations(twin)
+    }
     for i, (path, watch) in enumerate(watchers.items()):
         if path not in ends:
             raise PlanError(f"No site is called '{path}'", fix="List the sites with `palmette sites` or pm.find_sites.")
@@ -45,16 +49,17 @@ def instrument(gm: fx.GraphModule, watchers: Mapping[str, Watcher]) -> fx.GraphM
         with twin.graph.inserting_after(output):
             probe = twin.graph.call_module(name, (source, output))
         probe.meta.update(output.meta, path=name)
-        output.replace_all_uses_with(probe, delete_user_cb=lambda u, p=probe: u is not p)
+        output.replace_all_uses_with(probe, delete_user_cb=partial(operator.is_not, probe))
     twin.recompile()
     return twin
 
 
 def _copied(graph: fx.Graph) -> fx.Graph:
     copied = fx.Graph(tracer_cls=getattr(graph, "_tracer_cls", None))
-    output = copied.graph_copy(graph, val_map := {}, return_output_node=True)
+    val_map: dict[fx.Node, fx.Node] = {}
+    output: Any = copied.graph_copy(graph, val_map, return_output_node=True)
     if output is not None:
-        value, old = output  # type: ignore[misc]
+        value, old = output
         node = copied.output(value)
         node.meta.update(old.meta)
     for old_node, new_node in val_map.items():
@@ -63,7 +68,9 @@ def _copied(graph: fx.Graph) -> fx.Graph:
     return copied
 
 
-def observe(gm: fx.GraphModule, watchers: Mapping[str, Watcher], loader: Iterable[Any], *, max_batches: int | None = None) -> int:
+def observe(
+    gm: fx.GraphModule, watchers: Mapping[str, Watcher], loader: Iterable[Any], *, max_batches: int | None = None
+) -> int:
     """Run `gm` once over `loader` in eval mode and call the watchers at every batch; returns the number of batches.
 
     Raises DataError if the loader is empty.
@@ -95,6 +102,7 @@ class Moments:
         self.sums: Tensor | None = None  # [5, C]: z, y, z*z, z*y, y*y
 
     def __call__(self, before: Tensor, after: Tensor) -> None:
+        """Take in one batch: z and y, both [batch, ...] with channels along `axis`."""
         z = before.detach().transpose(self.axis, -1).reshape(-1, before.shape[self.axis]).double()  # [positions, C]
         y = after.detach().transpose(self.axis, -1).reshape(-1, after.shape[self.axis]).double()
         if self.sums is None:
@@ -103,11 +111,13 @@ class Moments:
         self.count += z.shape[0]
 
     def affine(self) -> tuple[Tensor, Tensor]:
-        """Least-squares slope and offset [C] of y = slope * z + offset (spec depth 13.11); a constant z gives slope 0."""
+        """Least-squares slope and offset [C] of y = slope * z + offset (spec depth 13.11); slope 0 for a constant z."""
         z, y, zz, zy, _ = self._means()
         variance = (zz - z * z).clamp_min(0)
         steady = variance <= 1e-12 * (zz + 1e-300)
-        slope = torch.where(steady, torch.zeros_like(z), (zy - z * y) / torch.where(steady, torch.ones_like(z), variance))
+        slope = torch.where(
+            steady, torch.zeros_like(z), (zy - z * y) / torch.where(steady, torch.ones_like(z), variance)
+        )
         return slope, y - slope * z
 
     def mask(self) -> tuple[Tensor, Tensor]:

@@ -9,15 +9,59 @@ import torch
 from torch import Tensor, fx, nn
 
 ACTIVATIONS = frozenset(
-    "relu relu6 hardtanh leaky_relu elu selu celu gelu silu mish hardswish hardsigmoid sigmoid tanh softplus log_sigmoid "
-    "threshold prelu rrelu hardshrink softshrink tanhshrink softsign clamp clamp_min clamp_max".split()
+    {
+        "relu",
+        "relu6",
+        "hardtanh",
+        "leaky_relu",
+        "elu",
+        "selu",
+        "celu",
+        "gelu",
+        "silu",
+        "mish",
+        "hardswish",
+        "hardsigmoid",
+        "sigmoid",
+        "tanh",
+        "softplus",
+        "log_sigmoid",
+        "threshold",
+        "prelu",
+        "rrelu",
+        "hardshrink",
+        "softshrink",
+        "tanhshrink",
+        "softsign",
+        "clamp",
+        "clamp_min",
+        "clamp_max",
+    }
 )
 """Elementwise nonlinearities of one tensor that stand alone as an activation."""
 
-NONLINEAR_PARTS = ACTIVATIONS | frozenset("exp expm1 log log1p sqrt rsqrt square abs sign erf sin cos pow reciprocal neg_exp".split())
+NONLINEAR_PARTS = ACTIVATIONS | frozenset(
+    {
+        "exp",
+        "expm1",
+        "log",
+        "log1p",
+        "sqrt",
+        "rsqrt",
+        "square",
+        "abs",
+        "sign",
+        "erf",
+        "sin",
+        "cos",
+        "pow",
+        "reciprocal",
+        "neg_exp",
+    }
+)
 """Elementwise operations that may take part in a composite activation such as x * sigmoid(x)."""
 
-ARITHMETIC = frozenset("mul add sub div rsub neg".split())
+ARITHMETIC = frozenset({"mul", "add", "sub", "div", "rsub", "neg"})
 """Elementwise arithmetic: a composite activation may use it with numbers or between its own parts."""
 
 IDEMPOTENT = frozenset({"relu", "relu6", "hardtanh"})
@@ -47,11 +91,13 @@ class ChannelAffine(nn.Module):
             self.register_buffer("offset", offset.clone())
 
     def forward(self, x: Tensor) -> Tensor:
+        """The rescaled tensor, of the shape of `x`."""
         shape = [1] * x.dim()
         shape[self.axis] = -1
         return x * self.slope.view(shape) + self.offset.view(shape)
 
     def extra_repr(self) -> str:
+        """Channels and axis, for printing."""
         return f"channels={self.slope.numel()}, axis={self.axis}"
 
 
@@ -63,11 +109,14 @@ class Attention(nn.Module):
         self.dropout = dropout
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The attended values [..., queries, width]; further arguments are those of the aten operator."""
         rest = list(args) + [None, 0.0][len(args) :]
         rest[1] = self.dropout if self.training else 0.0
-        return torch.ops.aten.scaled_dot_product_attention.default(query, key, value, *rest, **kwargs)  # type: ignore[no-any-return]
+        attend = torch.ops.aten.scaled_dot_product_attention.default
+        return attend(query, key, value, *rest, **kwargs)  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
+        """The dropout probability, for printing."""
         return f"dropout={self.dropout}"
 
 
@@ -178,7 +227,9 @@ def prune_modules(gm: fx.GraphModule) -> None:
     def belongs(name: str) -> bool:
         return name in used or any(name.startswith(c + ".") for c in called)
 
-    state = [n for n, _ in gm.named_parameters(remove_duplicate=False)] + [n for n, _ in gm.named_buffers(remove_duplicate=False)]
+    state = [n for n, _ in gm.named_parameters(remove_duplicate=False)] + [
+        n for n, _ in gm.named_buffers(remove_duplicate=False)
+    ]
     for name in state:
         if not belongs(name):
             path, _, leaf = name.rpartition(".")
@@ -196,7 +247,7 @@ def prune_modules(gm: fx.GraphModule) -> None:
 
 
 def set_module(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Put `module` at `path`, creating plain containers on the way and keeping what a replaced module's children held."""
+    """Put `module` at `path`, creating plain containers on the way; children of a replaced module stay."""
     parent_path, _, leaf = path.rpartition(".")
     parent = ensure_container(root, parent_path)
     old = parent._modules.get(leaf)

@@ -1,4 +1,4 @@
-"""Paths of affine operations in a captured graph: what follows what without a branch, and each piece as float64 algebra."""
+"""Paths of affine operations in a captured graph: what follows without a branch, and each piece as float64 algebra."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from palmette.graph.ops import BATCH_NORMS, CONVOLUTIONS, ChannelAffine, get_ten
 class Element:
     """One convolution, linear or leading norm with what only rescales its output.
 
-    `nodes`: all nodes in order; `main`: the convolution or linear; `pads`: zero-padding nodes before it; `tail`: batch norms and
-    linearised activations behind it. `linear_link`: whether an activation behind it was (or is assumed) made linear.
+    `nodes`: all nodes in order; `main`: the convolution or linear; `pads`: zero-padding nodes before it; `tail`: batch
+    norms and linearised activations behind it. `linear_link`: whether an activation behind it was (or is assumed) made
+    linear.
     """
 
     main: fx.Node
@@ -49,7 +50,9 @@ class Reader:
 
     def __init__(self, gm: fx.GraphModule, assume: Collection[Activation] = ()) -> None:
         self.gm = gm
-        self.by_source: dict[fx.Node, Activation] = {a.source: a for a in assume if set(a.source.users) <= set(a.region)}
+        self.by_source: dict[fx.Node, Activation] = {
+            a.source: a for a in assume if set(a.source.users) <= set(a.region)
+        }
         self.calls = Counter(str(n.target) for n in gm.graph.nodes if n.op in ("call_module", "get_attr"))
         owners = Counter(id(p) for _, p in gm.named_parameters(remove_duplicate=False))
         self.shared = {i for i, k in owners.items() if k > 1}
@@ -57,10 +60,10 @@ class Reader:
         self._kinds: dict[fx.Node, str] = {}
         self._shapes: dict[tuple[fx.Node, int, int], Affine] = {}
 
-    # -- what a node is -------------------------------------------------------------------------------------------------
+    # -- what a node is ------------------------------------------------------------------------------------------------
 
     def kind(self, node: fx.Node) -> str:
-        """"conv", "linear", "norm", "affine", "pad", "through" or "" for anything else."""
+        """What the node is: "conv", "linear", "norm", "affine", "pad", "through" or "" for anything else."""
         if node not in self._kinds:
             self._kinds[node] = self._kind(node)
         return self._kinds[node]
@@ -80,7 +83,12 @@ class Reader:
     def is_affine(self, node: fx.Node) -> bool:
         """Whether the node is a convolution or a linear layer."""
         module = module_of(self.gm, node)
-        return isinstance(module, (*CONVOLUTIONS, nn.Linear)) or op_name(node) in ("conv1d", "conv2d", "conv3d", "linear")
+        return isinstance(module, (*CONVOLUTIONS, nn.Linear)) or op_name(node) in (
+            "conv1d",
+            "conv2d",
+            "conv3d",
+            "linear",
+        )
 
     def weight_reason(self, node: fx.Node) -> str:
         """Why the weights of an affine node cannot be rewritten, "" if they can."""
@@ -103,17 +111,25 @@ class Reader:
         return ""
 
     def zero_pad(self, node: fx.Node) -> tuple[list[int], list[int]] | None:
-        """Zero padding (before, after) of the last axes in axis order, None if the node is not a constant zero padding."""
+        """Zero padding (before, after) of the last axes in axis order, None if the node is no constant zero padding."""
         if op_name(node) not in ("pad", "constant_pad_nd"):
             return None
         mode = node.args[2] if len(node.args) > 2 and op_name(node) == "pad" else node.kwargs.get("mode", "constant")
-        value = node.args[-1] if op_name(node) == "constant_pad_nd" and len(node.args) > 2 else (node.args[3] if len(node.args) > 3 else node.kwargs.get("value"))
+        value = (
+            node.args[-1]
+            if op_name(node) == "constant_pad_nd" and len(node.args) > 2
+            else (node.args[3] if len(node.args) > 3 else node.kwargs.get("value"))
+        )
         sizes: Any = node.args[1]
-        if mode != "constant" or value not in (None, 0, 0.0, False) or not all(isinstance(s, int) and s >= 0 for s in sizes):
+        if (
+            mode != "constant"
+            or value not in (None, 0, 0.0, False)
+            or not all(isinstance(s, int) and s >= 0 for s in sizes)
+        ):
             return None
         return list(sizes[0::2])[::-1], list(sizes[1::2])[::-1]
 
-    # -- paths ----------------------------------------------------------------------------------------------------------
+    # -- paths ---------------------------------------------------------------------------------------------------------
 
     def follower(self, node: fx.Node) -> tuple[fx.Node | None, Activation | None]:
         """The only reader of a node's output, with the activation in between that is assumed linear."""
@@ -152,7 +168,8 @@ class Reader:
                 break
             if kind in ("conv", "linear"):
                 rank = 0 if kind == "linear" else len(node.meta["shape"]) - 2
-                if (path and path[-1].rank != rank) or (pads and rank == 0) or any(len(self.zero_pad(p)[0]) > rank for p in pads):  # type: ignore[index]
+                too_wide = any(len((self.zero_pad(p) or ([], []))[0]) > rank for p in pads)
+                if (path and path[-1].rank != rank) or (pads and rank == 0) or too_wide:
                     break
                 path.append(Element(node, rank, [*pending, node], pads))
                 pending, pads = [], []
@@ -194,7 +211,9 @@ class Reader:
         """Whether two nodes rescale the same axis."""
         return channel_axis(self.gm, source) == channel_axis(self.gm, node)
 
-    def _append(self, element: Element, nodes: list[fx.Node], kind: str, link: Activation | None, node: fx.Node) -> None:
+    def _append(
+        self, element: Element, nodes: list[fx.Node], kind: str, link: Activation | None, node: fx.Node
+    ) -> None:
         element.nodes.extend(nodes)
         if kind == "norm":
             element.tail.append(node)
@@ -204,7 +223,7 @@ class Reader:
         elif link is not None:
             element.links.append(link)
 
-    # -- algebra --------------------------------------------------------------------------------------------------------
+    # -- algebra -------------------------------------------------------------------------------------------------------
 
     def shape_of(self, element: Element) -> Affine:
         """The element as one map without weights (on the meta device): geometry and size only."""
@@ -253,13 +272,19 @@ class Reader:
         """Shape of the weight of a convolution or linear node, computed weights included."""
         module = module_of(self.gm, node)
         if module is not None:
-            return tuple(module.weight.shape)  # type: ignore[union-attr,arg-type]
+            return tuple(module.weight.shape)  # type: ignore[arg-type]
         weight: Any = node.args[1]
-        return tuple(get_tensor(self.gm, str(weight.target)).shape) if weight.op == "get_attr" else tuple(weight.meta["shape"])
+        return (
+            tuple(get_tensor(self.gm, str(weight.target)).shape)
+            if weight.op == "get_attr"
+            else tuple(weight.meta["shape"])
+        )
 
     def _diagonal(self, node: fx.Node, rank: int, device: str | None) -> Affine:
         module = module_of(self.gm, node)
-        slope, offset = (module.slope.detach(), module.offset.detach()) if isinstance(module, ChannelAffine) else norm_map(module)
+        slope, offset = (
+            (module.slope.detach(), module.offset.detach()) if isinstance(module, ChannelAffine) else norm_map(module)
+        )
         if device is not None:
             slope, offset = slope.to(device), offset.to(device)
         return diagonal(slope, offset, rank)
@@ -284,7 +309,9 @@ def channel_axis(gm: fx.GraphModule, node: fx.Node) -> int | None:
         return module.axis % len(node.meta["shape"])
     if isinstance(module, nn.Linear | nn.LayerNorm) or op_name(node) in ("linear", "layer_norm", "embedding", "addmm"):
         return len(node.meta["shape"]) - 1
-    if isinstance(module, (*CONVOLUTIONS, *BATCH_NORMS)) or op_name(node).startswith(("conv", "batch_norm", "group_norm")):
+    if isinstance(module, (*CONVOLUTIONS, *BATCH_NORMS)) or op_name(node).startswith(
+        ("conv", "batch_norm", "group_norm")
+    ):
         return 1
     return None
 
@@ -300,7 +327,9 @@ def _int_padding(module: Any) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     return tuple(t // 2 for t in total), tuple(t - t // 2 for t in total)
 
 
-def conv_settings(gm: fx.GraphModule, node: fx.Node, rank: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
+def conv_settings(
+    gm: fx.GraphModule, node: fx.Node, rank: int
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
     """Stride, padding before and after, dilation and groups of a convolution node."""
     module: Any = module_of(gm, node)
     if module is not None:

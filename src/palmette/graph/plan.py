@@ -26,8 +26,9 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Edit:
-    """One change of one site. kind: "linearize" or "drop"; `slope` and `offset` per channel are filled in by `Plan.fit`.
+    """One change of one site.
 
+    kind: "linearize" or "drop"; `slope` and `offset` per channel are filled in by `Plan.fit`.
     `force` makes a linearisation that has nothing to merge legal (as the papers count them).
     """
 
@@ -54,9 +55,14 @@ def linearize(site: Site | str, fit: str = "affine", *, force: bool = False) -> 
 
 
 def drop(site: Site | str) -> Edit:
-    """Remove the residual block at `site`: its output becomes its input. Raises PlanError for a site of another kind."""
+    """Remove the residual block at `site`: its output becomes its input.
+
+    Raises PlanError for a site of another kind.
+    """
     if isinstance(site, Site) and site.kind == "activation":
-        raise PlanError(f"'{site.path}' is an activation, which cannot be dropped", fix="Use pm.linearize for activations.")
+        raise PlanError(
+            f"'{site.path}' is an activation, which cannot be dropped", fix="Use pm.linearize for activations."
+        )
     return Edit("drop", site if isinstance(site, str) else site.path)
 
 
@@ -102,12 +108,16 @@ class Plan:
             data = json.loads(text)
             version, raw = data["palmette_plan"], data["edits"]
         except (ValueError, KeyError, TypeError) as error:
-            raise PlanError("This is no plan", why=f"{type(error).__name__}: {error}", fix="Pass what Plan.to_json wrote.") from error
+            raise PlanError(
+                "This is no plan", why=f"{type(error).__name__}: {error}", fix="Pass what Plan.to_json wrote."
+            ) from error
         if version != FORMAT:
             raise PlanError(f"Plan format {version} is not known", fix="Update palmette.")
         return Plan([_edit_from(e) for e in raw])
 
-    def fit(self, model: nn.Module, loader: Iterable[Any], example_inputs: Any = None, *, max_batches: int | None = None) -> Plan:
+    def fit(
+        self, model: nn.Module, loader: Iterable[Any], example_inputs: Any = None, *, max_batches: int | None = None
+    ) -> Plan:
         """The plan with slopes and offsets from one calibration pass over `loader`; `model` stays untouched.
 
         Edits that are fitted already stay. `example_inputs` defaults to the loader's first batch.
@@ -120,7 +130,10 @@ class Plan:
         axes = {a.path: site_axis(gm, a) for a in find_activations(gm)}
         for edit in missing:
             if edit.site not in axes:
-                raise PlanError(f"No activation is called '{edit.site}'", fix="List the sites with `palmette sites` or pm.find_sites.")
+                raise PlanError(
+                    f"No activation is called '{edit.site}'",
+                    fix="List the sites with `palmette sites` or pm.find_sites.",
+                )
         moments = {e.site: Moments(axes[e.site]) for e in missing}
         observe(gm, moments, loader, max_batches=max_batches)
         return Plan([e if e.fitted else _fitted(e, moments[e.site]) for e in self.edits])
@@ -128,15 +141,18 @@ class Plan:
     def apply(self, model: nn.Module, example_inputs: Any, pad: str = "repad") -> fx.GraphModule:
         """An edited, trainable copy of `model`.
 
-        `pad` says what happens to zero padding between operations that are to be merged: "repad" moves it to the first of them
-        (which changes the function now, before healing), "exact" and "bias_map" keep the function (spec depth 9.2).
-        Raises PlanError if the plan is not fitted or names unknown sites, RefusedEdit with the reason for an edit that cannot be done.
+        `pad` says what happens to zero padding between operations that are to be merged: "repad" moves it to the first
+        of them (which changes the function now, before healing), "exact" and "bias_map" keep the function (spec depth
+        9.2). Raises PlanError if the plan is not fitted or names unknown sites, RefusedEdit with the reason for an edit
+        that cannot be done.
         """
         if pad not in POLICIES:
             raise PlanError(f"Unknown padding policy '{pad}'", fix=f"Use one of {', '.join(POLICIES)}.")
         for edit in self.edits:
             if not edit.fitted:
-                raise PlanError(f"The edit of '{edit.site}' has no slopes yet", fix="Call plan.fit(model, loader) first.")
+                raise PlanError(
+                    f"The edit of '{edit.site}' has no slopes yet", fix="Call plan.fit(model, loader) first."
+                )
         gm = capture(model, example_inputs)
         apply_edits(gm, self.edits, pad)
         if pad == "repad":
@@ -155,11 +171,19 @@ def _fitted(edit: Edit, moments: Moments) -> Edit:
 
 
 def _edit_from(raw: Any) -> Edit:
-    if not isinstance(raw, dict) or raw.get("kind") not in ("linearize", "drop") or not isinstance(raw.get("site"), str):
-        raise PlanError(f"An edit is malformed: {str(raw)[:80]}", fix='An edit has "kind" (linearize or drop) and "site".')
+    if (
+        not isinstance(raw, dict)
+        or raw.get("kind") not in ("linearize", "drop")
+        or not isinstance(raw.get("site"), str)
+    ):
+        raise PlanError(
+            f"An edit is malformed: {str(raw)[:80]}", fix='An edit has "kind" (linearize or drop) and "site".'
+        )
     unknown = set(raw) - {"kind", "site", "fit", "slope", "offset", "force"}
     if unknown:
-        raise PlanError(f"An edit of '{raw['site']}' has unknown fields: {', '.join(sorted(unknown))}", fix="Update palmette.")
+        raise PlanError(
+            f"An edit of '{raw['site']}' has unknown fields: {', '.join(sorted(unknown))}", fix="Update palmette."
+        )
     values: dict[str, Any] = dict(raw)
     for key in ("slope", "offset"):
         if key in values:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -23,9 +25,31 @@ from palmette.graph.ops import (
     set_module,
 )
 
-_FUNCTIONAL = (
-    "relu relu6 hardtanh leaky_relu elu selu celu gelu silu mish hardswish hardsigmoid sigmoid tanh clamp add sub mul div threshold dropout"
-).split()
+_FUNCTIONAL = frozenset(
+    {
+        "relu",
+        "relu6",
+        "hardtanh",
+        "leaky_relu",
+        "elu",
+        "selu",
+        "celu",
+        "gelu",
+        "silu",
+        "mish",
+        "hardswish",
+        "hardsigmoid",
+        "sigmoid",
+        "tanh",
+        "clamp",
+        "add",
+        "sub",
+        "mul",
+        "div",
+        "threshold",
+        "dropout",
+    }
+)
 _DROPOUT_MODULES: dict[str, type[nn.Module]] = {
     "dropout": nn.Dropout,
     "alpha_dropout": nn.AlphaDropout,
@@ -91,7 +115,9 @@ class Raiser:
         """Replace in-place arithmetic on tensors that nothing else aliases, so that pre-activations can be seen."""
         order = {n: i for i, n in enumerate(self.graph.nodes)}
         bases = {n: alias_base(n) for n in self.graph.nodes}
-        in_place = {n for n in self.graph.nodes if n.op == "call_function" and is_mutable(n) and op_name(n) in _FUNCTIONAL}
+        in_place = {
+            n for n in self.graph.nodes if n.op == "call_function" and is_mutable(n) and op_name(n) in _FUNCTIONAL
+        }
         aliases: dict[fx.Node, list[fx.Node]] = {}
         for n, base in bases.items():
             aliases.setdefault(base, []).append(n)
@@ -107,7 +133,7 @@ class Raiser:
             if packet is None or overload not in packet.overloads():
                 continue
             node.target = getattr(packet, overload)
-            source.replace_all_uses_with(node, delete_user_cb=lambda u, n=node: u is not n and order[u] > order[n])
+            source.replace_all_uses_with(node, delete_user_cb=_later_than(node, order))
 
     def _raise(self, node: fx.Node) -> None:
         name = op_name(node)
@@ -126,7 +152,12 @@ class Raiser:
         elif name == "scaled_dot_product_attention" and self.attention_dropout:
             probability = self.attention_dropout.pop(0)
             if probability > 0:
-                self._call(node, self._free_path(owner_module(self.source, node)[0], "attention"), Attention(probability), keep_kwargs=True)
+                self._call(
+                    node,
+                    self._free_path(owner_module(self.source, node)[0], "attention"),
+                    Attention(probability),
+                    keep_kwargs=True,
+                )
 
     def _tensor(self, node: object) -> Tensor | None:
         return get_tensor(self.state, str(node.target)) if isinstance(node, fx.Node) and node.op == "get_attr" else None
@@ -161,13 +192,21 @@ class Raiser:
             node.args, node.kwargs = tuple(node.args[:inputs]), {}
 
     def _convolution(self, node: fx.Node, rank: int) -> None:
-        x, weight, bias, stride, padding, dilation, groups = _arguments(node, (None, None, None, 1, 0, 1, 1))
+        _, weight, bias, stride, padding, dilation, groups = _arguments(node, (None, None, None, 1, 0, 1, 1))
         path, w = self._home(node, weight, bias), self._tensor(weight)
         if path is None or w is None:
             return
         sizes = [_ntuple(v, rank + 1) if not isinstance(v, str) else v for v in (stride, padding, dilation)]
         module = _bare(
-            CONVOLUTIONS[rank], w.shape[1] * groups, w.shape[0], tuple(w.shape[2:]), sizes[0], sizes[1], sizes[2], groups, bias is not None
+            CONVOLUTIONS[rank],
+            w.shape[1] * groups,
+            w.shape[0],
+            tuple(w.shape[2:]),
+            sizes[0],
+            sizes[1],
+            sizes[2],
+            groups,
+            bias is not None,
         )
         _adopt(module, weight=w, bias=self._tensor(bias))
         self._call(node, path, module)
@@ -181,7 +220,9 @@ class Raiser:
             self._call(node, path, module)
 
     def _batch_norm(self, node: fx.Node) -> None:
-        x, weight, bias, mean, var, training, momentum, eps, _ = _arguments(node, (None, None, None, None, None, False, 0.1, 1e-5, False))
+        x, weight, bias, mean, _, training, momentum, eps, _ = _arguments(
+            node, (None, None, None, None, None, False, 0.1, 1e-5, False)
+        )
         running, path = self._tensor(mean), ""
         if running is None or training or not isinstance(mean, fx.Node):
             return
@@ -260,24 +301,30 @@ class Raiser:
         return leaf in module._buffers and leaf not in module._non_persistent_buffers_set
 
 
-def _arguments(node: fx.Node, defaults: tuple[object, ...]) -> list[object]:
+def _arguments(node: fx.Node, defaults: tuple[object, ...]) -> list[Any]:
     """Positional arguments of a node, filled up from its keywords and from `defaults`."""
     names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
-    values = list(node.args) + list(defaults[len(node.args) :])
+    values: list[Any] = [*node.args, *defaults[len(node.args) :]]
     for i, name in enumerate(names[: len(values)]):
         if name in node.kwargs:
             values[i] = node.kwargs[name]
     return values
 
 
-def _ntuple(value: object, n: int) -> tuple[int, ...]:
+def _later_than(node: fx.Node, order: dict[fx.Node, int]) -> Callable[[fx.Node], bool]:
+    """Whether a reader comes behind `node` in execution order."""
+    return lambda user: user is not node and order[user] > order[node]
+
+
+def _ntuple(value: Any, n: int) -> tuple[int, ...]:
     items = list(value) if isinstance(value, list | tuple) else [value]
     return tuple(int(v) for v in (items * n if len(items) == 1 else items))
 
 
-def _bare(cls: type[nn.Module], *args: object) -> nn.Module:
+def _bare(cls: type[nn.Module], *args: Any) -> nn.Module:
     """A module without the cost of initialising weights that are replaced at once."""
-    return torch.nn.utils.skip_init(cls, *args)
+    module: nn.Module = torch.nn.utils.skip_init(cls, *args)
+    return module
 
 
 def _adopt(module: nn.Module, **values: Tensor | None) -> None:
@@ -286,7 +333,7 @@ def _adopt(module: nn.Module, **values: Tensor | None) -> None:
 
 
 def _name_paths(gm: fx.GraphModule, source: nn.Module) -> None:
-    """Give every node a stable path: its module's path, the operation where a module does several things, "#k" for repeats."""
+    """Give every node a stable path: its module's, with the operation if that does several things, "#k" for repeats."""
     seen: Counter[str] = Counter()
     for node in gm.graph.nodes:
         if node.op in ("placeholder", "output", "get_attr"):

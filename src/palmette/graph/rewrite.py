@@ -1,7 +1,7 @@
-"""Rewrite a graph by recorded decisions: merge a run into one operation, narrow dead channels, absorb a former activation.
+"""Rewrite a graph by recorded decisions: merge a run into one, narrow dead channels, absorb a former activation.
 
-A decision is plain JSON and names nodes by their stable paths, so that `load` can repeat it on a fresh copy of the source network
-without timing or algebra.
+A decision is plain JSON and names nodes by their stable paths, so that `load` can repeat it on a fresh copy of the
+source network without timing or algebra.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from palmette.errors import PlanError
 from palmette.graph.affine import Affine
 from palmette.graph.ops import BATCH_NORMS, ChannelAffine, module_of, set_module
 from palmette.graph.paths import Reader
-from palmette.graph.segments import Merged, conv_module, edge_module
+from palmette.graph.segments import Merged, conv_module
 
 
 def replay(gm: fx.GraphModule, decisions: list[dict[str, Any]]) -> None:
@@ -32,6 +32,7 @@ def replay(gm: fx.GraphModule, decisions: list[dict[str, Any]]) -> None:
 
 def node_at(gm: fx.GraphModule, path: str) -> fx.Node:
     """The node of that stable path. Raises PlanError if there is none."""
+    node: fx.Node
     for node in gm.graph.nodes:
         if node.op not in ("get_attr", "output") and node.meta.get("path") == path:
             return node
@@ -54,12 +55,13 @@ def describe_map(a: Affine) -> dict[str, Any]:
 def empty_map(raw: dict[str, Any]) -> Affine:
     """The map of a description, without weights."""
     weight = torch.empty(raw["shape"], dtype=torch.float64, device="meta")
-    sizes = (tuple(raw[k]) for k in ("stride", "before", "after", "dilation"))
-    return Affine(weight, weight.new_empty(raw["shape"][0]), *sizes, raw["groups"], raw["edge"])
+    stride, before, after, dilation = (tuple(raw[k]) for k in ("stride", "before", "after", "dilation"))
+    bias = weight.new_empty(raw["shape"][0])
+    return Affine(weight, bias, stride, before, after, dilation, raw["groups"], raw["edge"])
 
 
 def merge(gm: fx.GraphModule, decision: dict[str, Any], merged: Affine) -> fx.Node:
-    """Replace the nodes of a run by one operation (and the addition of a skip, when it was absorbed); returns the new output."""
+    """Replace the nodes of a run by one operation, with the addition of an absorbed skip; returns the new output."""
     nodes = [node_at(gm, p) for p in decision["nodes"]]
     source, last, result = nodes[0].args[0], nodes[-1], decision["result"]
     like = _reference(gm, nodes)
@@ -116,7 +118,11 @@ def _strip_norm(gm: fx.GraphModule, path: str) -> None:
     """A layer norm whose scale and offset went into the linear behind it."""
     node = node_at(gm, path)
     old: Any = module_of(gm, node)
-    set_module(gm, str(node.target), _trained_like(nn.LayerNorm(old.normalized_shape, eps=old.eps, elementwise_affine=False), gm))
+    set_module(
+        gm,
+        str(node.target),
+        _trained_like(nn.LayerNorm(old.normalized_shape, eps=old.eps, elementwise_affine=False), gm),
+    )
 
 
 def _reference(gm: fx.GraphModule, nodes: list[fx.Node]) -> Tensor:
@@ -160,9 +166,19 @@ def _dead_constants(gm: fx.GraphModule, decision: dict[str, Any], keep: Tensor) 
 
 def _replace_affine(gm: fx.GraphModule, node: fx.Node, weight: Tensor, bias: Tensor | None) -> None:
     old: Any = module_of(gm, node)
-    a = Affine(weight.double(), torch.zeros(weight.shape[0], dtype=torch.float64, device=weight.device) if bias is None else bias.double())
+    a = Affine(
+        weight.double(),
+        torch.zeros(weight.shape[0], dtype=torch.float64, device=weight.device) if bias is None else bias.double(),
+    )
     if weight.dim() > 2:
-        a = Affine(a.weight, a.bias, tuple(old.stride), (0,) * (weight.dim() - 2), (0,) * (weight.dim() - 2), tuple(old.dilation))
+        a = Affine(
+            a.weight,
+            a.bias,
+            tuple(old.stride),
+            (0,) * (weight.dim() - 2),
+            (0,) * (weight.dim() - 2),
+            tuple(old.dilation),
+        )
     module: Any = conv_module(a, bias=bias is not None, like=weight)
     if weight.dim() > 2:
         module.padding = old.padding
@@ -186,7 +202,7 @@ def _narrow_channelwise(gm: fx.GraphModule, node: fx.Node, keep: Tensor) -> None
 
 
 def absorb(gm: fx.GraphModule, decision: dict[str, Any]) -> None:
-    """Fold a former activation's slope and offset into the operation in front of it, or spell them out as arithmetic."""
+    """Fold a former activation's slope and offset into the operation before it, or spell them out as arithmetic."""
     node = node_at(gm, decision["affine"])
     affine: Any = module_of(gm, node)
     if decision["into"] is None:
@@ -196,7 +212,7 @@ def absorb(gm: fx.GraphModule, decision: dict[str, Any]) -> None:
     module: Any = module_of(gm, target)
     slope, offset = affine.slope.detach().double(), affine.offset.detach().double()
     if isinstance(module, BATCH_NORMS):
-        if module.weight is None:
+        if getattr(module, "weight", None) is None:
             fresh = type(module)(module.num_features, eps=module.eps, momentum=module.momentum).to(module.running_mean)
             fresh._buffers.update(module._buffers)
             set_module(gm, str(target.target), _trained_like(fresh, gm))
@@ -237,13 +253,16 @@ def _spell(gm: fx.GraphModule, node: fx.Node, affine: Any) -> None:
 
 
 def absorb_target(reader: Reader, node: fx.Node) -> str | None:
-    """Path of what can take in the ChannelAffine at `node`: the batch norm, convolution or linear that only it reads."""
+    """Path of what can take in the ChannelAffine at `node`: the batch norm, convolution or linear only it reads."""
     source: Any = node.args[0]
-    if len(source.users) != 1 or reader.kind(source) not in ("norm", "conv", "linear") or not reader.same_axis(source, node):
+    if (
+        len(source.users) != 1
+        or reader.kind(source) not in ("norm", "conv", "linear")
+        or not reader.same_axis(source, node)
+    ):
         return None
     if reader.kind(source) == "norm" and reader.calls[str(source.target)] > 1:
         return None
     if source.op != "call_module" and reader.parameters(source)[1] is None:
         return None
     return str(source.meta["path"])
-

@@ -16,36 +16,44 @@ from palmette.graph.paths import Element, Reader
 
 
 def conv_module(a: Affine, *, bias: bool = True, like: Tensor | None = None) -> nn.Module:
-    """`a` as a plain nn.Conv or nn.Linear (its padding only if even); weights are copied unless `a` is on the meta device."""
+    """`a` as a plain nn.Conv or nn.Linear (its padding only if even).
+
+    Weights are copied unless `a` is on the meta device.
+    """
     o, i = a.out_channels, a.in_channels
     if a.rank == 0:
         module: nn.Module = torch.nn.utils.skip_init(nn.Linear, i, o, bias=bias)
     else:
         padding = a.before if a.before == a.after else 0
         kind = CONVOLUTIONS[a.rank - 1]
-        module = torch.nn.utils.skip_init(kind, i, o, a.kernel, stride=a.stride, padding=padding, dilation=a.dilation, groups=a.groups, bias=bias)
+        module = torch.nn.utils.skip_init(
+            kind, i, o, a.kernel, stride=a.stride, padding=padding, dilation=a.dilation, groups=a.groups, bias=bias
+        )
     if like is not None:
         module.to(like)
     if not a.weight.is_meta:
         weight = a.weight[:, : a.weight.shape[1] - a.edge]
         with torch.no_grad():
-            module.weight.copy_(weight)  # type: ignore[operator,union-attr]
+            module.weight.copy_(weight)  # type: ignore[operator]
             if bias:
-                module.bias.copy_(a.bias)  # type: ignore[operator,union-attr]
+                module.bias.copy_(a.bias)  # type: ignore[operator]
     return module
 
 
 class Merged(nn.Module):
-    """A merged map as it will stand in the graph: uneven padding, the convolution, and the edge correction of bias_map."""
+    """A merged map as it will stand in the graph: uneven padding, convolution, and the edge correction of bias_map."""
 
     def __init__(self, a: Affine, *, like: Tensor | None = None) -> None:
         super().__init__()
         self.main = conv_module(a, like=like)
         uneven = a.before != a.after
-        self.sizes = [v for pair in zip(reversed(a.before), reversed(a.after), strict=True) for v in pair] if uneven else None
+        self.sizes = (
+            [v for pair in zip(reversed(a.before), reversed(a.after), strict=True) for v in pair] if uneven else None
+        )
         self.edge = edge_module(a, like=like) if a.edge else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """The merged map of `x` [batch, channels, ...]."""
         padded = x if self.sizes is None else torch.constant_pad_nd(x, self.sizes)
         y: Tensor = self.main(padded)
         if self.edge is not None:
@@ -58,17 +66,19 @@ def edge_module(a: Affine, *, like: Tensor | None = None) -> nn.Module:
     """The part of `a` that reads the constant-one channel, as a bias-free convolution of one input channel."""
     padding = a.before if a.before == a.after else 0
     kind = CONVOLUTIONS[a.rank - 1]
-    module: nn.Module = torch.nn.utils.skip_init(kind, 1, a.out_channels, a.kernel, stride=a.stride, padding=padding, dilation=a.dilation, bias=False)
+    module: nn.Module = torch.nn.utils.skip_init(
+        kind, 1, a.out_channels, a.kernel, stride=a.stride, padding=padding, dilation=a.dilation, bias=False
+    )
     if like is not None:
         module.to(like)
     if not a.weight.is_meta:
         with torch.no_grad():
-            module.weight.copy_(a.weight[:, -1:])  # type: ignore[operator,union-attr]
+            module.weight.copy_(a.weight[:, -1:])  # type: ignore[operator]
     return module
 
 
 def extract(gm: fx.GraphModule, nodes: Iterable[fx.Node], output: fx.Node) -> tuple[fx.GraphModule, tuple[Any, ...]]:
-    """The given nodes as a graph of their own, and inputs of batch 1 for it; what they read from outside becomes an input."""
+    """The given nodes as a graph of their own, and inputs of batch 1 for it: one for each tensor read from outside."""
     inside, graph = set(nodes), fx.Graph()
     made: dict[fx.Node, fx.Node] = {}
     outside: list[fx.Node] = []
@@ -86,7 +96,7 @@ def extract(gm: fx.GraphModule, nodes: Iterable[fx.Node], output: fx.Node) -> tu
                 outside.append(node)
         return made[node]
 
-    place_first = place(first)
+    place(first)
     for node in spine:
         for source in node.all_input_nodes:
             place(source)
@@ -96,7 +106,6 @@ def extract(gm: fx.GraphModule, nodes: Iterable[fx.Node], output: fx.Node) -> tu
     batch = first.meta["shape"][0]
     inputs = tuple(_batch_one(n, batch) for n in outside)
     module = fx.GraphModule(gm, graph)
-    del place_first
     return copy.deepcopy(module).eval(), inputs
 
 
@@ -115,7 +124,10 @@ def _batch_one(node: fx.Node, batch: int) -> Any:
 
 
 def unmerged(reader: Reader, elements: list[Element]) -> nn.Sequential:
-    """The elements as they run when they are not merged: padding, operation, batch norm; former activations cost nothing then."""
+    """The elements as they run when they are not merged: padding, operation, batch norm.
+
+    Former activations cost nothing then.
+    """
     layers: list[nn.Module] = []
     for element in elements:
         layers.extend(_layers(reader, element))
@@ -126,7 +138,8 @@ def _layers(reader: Reader, element: Element) -> list[nn.Module]:
     layers: list[nn.Module] = []
     for pad in element.pads:
         before, after = reader.zero_pad(pad) or ([], [])
-        layers.append(nn.ConstantPad2d([v for p in zip(reversed(before), reversed(after), strict=True) for v in p], 0.0))  # type: ignore[arg-type]
+        sizes: Any = [v for p in zip(reversed(before), reversed(after), strict=True) for v in p]
+        layers.append(nn.ConstantPad2d(sizes, 0.0))
     for node in [element.main, *element.tail]:
         module = module_of(reader.gm, node)
         if isinstance(module, ChannelAffine) and node is not element.main:
@@ -172,7 +185,9 @@ def signature(reader: Reader, elements: list[Element]) -> str:
         else:
             pads = ",".join(f"{b}:{c}" for b, c in zip(a.before, a.after, strict=True))
             sizes = ["x".join(map(str, v)) for v in (a.kernel, a.stride, a.dilation)]
-            parts.append(f"conv({a.in_channels}>{a.out_channels} k{sizes[0]} s{sizes[1]} d{sizes[2]} p{pads} g{a.groups}){norms}")
+            parts.append(
+                f"conv({a.in_channels}>{a.out_channels} k{sizes[0]} s{sizes[1]} d{sizes[2]} p{pads} g{a.groups}){norms}"
+            )
     return f"in{input_shape(elements[0])} " + " ".join(parts)
 
 

@@ -27,10 +27,11 @@ POLICIES = ("repad", "exact", "bias_map")
 class Site:
     """A place of a network that can be changed.
 
-    kind: "activation" (one call of a nonlinearity), "block" (residual, one input and one output) or "span" (consecutive blocks,
-    listed in `members`). `producer` and `consumers`: paths of the affine operations around an activation. `exactness`: "exact", or
-    the padding policy that makes its merge exact. `partners`: activations that pay only together, this one included.
-    `macs_saved` per sample (negative when the merge costs more), `ms_saved` when a cost table measured it.
+    kind: "activation" (one call of a nonlinearity), "block" (residual, one input and one output) or "span" (consecutive
+    blocks, listed in `members`). `producer` and `consumers`: paths of the affine operations around an activation.
+    `exactness`: "exact", or the padding policy that makes its merge exact. `partners`: activations that pay only
+    together, this one included. `macs_saved` per sample (negative when the merge costs more), `ms_saved` when a cost
+    table measured it.
     """
 
     kind: str
@@ -49,14 +50,21 @@ class Site:
     members: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        state = f"saves {self.macs_saved / 1e6:.2f} M MACs, {self.exactness or 'exact'}" if self.removable else f"fixed: {self.reason}"
+        state = (
+            f"saves {self.macs_saved / 1e6:.2f} M MACs, {self.exactness or 'exact'}"
+            if self.removable
+            else f"fixed: {self.reason}"
+        )
         return f"{self.kind:<10} {self.path:<40} {self.op:<10} {state}"
 
 
-def find_sites(model: nn.Module, example_inputs: Any, *, cost: CostTable | None = None, pad: str = "repad") -> list[Site]:
+def find_sites(
+    model: nn.Module, example_inputs: Any, *, cost: CostTable | None = None, pad: str = "repad"
+) -> list[Site]:
     """Every site of `model` in execution order: activations, then blocks, then spans.
 
-    With a cost table the removable ones also carry measured `ms_saved`. Raises CaptureError if the model does not trace.
+    With a cost table the removable ones also carry measured `ms_saved`.
+    Raises CaptureError if the model does not trace.
     """
     gm = capture(model, example_inputs)
     sites = activation_sites(gm, pad) + block_sites(gm)
@@ -64,7 +72,7 @@ def find_sites(model: nn.Module, example_inputs: Any, *, cost: CostTable | None 
         return sites
     from palmette.graph.candidates import with_measured_gain
 
-    return with_measured_gain(gm, example_inputs, sites, cost, pad)
+    return with_measured_gain(gm, sites, cost, pad)
 
 
 def activation_sites(gm: fx.GraphModule, pad: str = "repad") -> list[Site]:
@@ -74,13 +82,27 @@ def activation_sites(gm: fx.GraphModule, pad: str = "repad") -> list[Site]:
     activations = find_activations(gm)
     reader = Reader(gm, activations)
     paths = reader.paths()
-    around = {a: (path[i], path[i + 1] if i + 1 < len(path) else None) for path in paths for i, e in enumerate(path) for a in e.links}
+    around: dict[Activation | fx.Node, tuple[Element, Element | None]] = {
+        a: (path[i], path[i + 1] if i + 1 < len(path) else None)
+        for path in paths
+        for i, e in enumerate(path)
+        for a in e.links
+    }
     windows = paying_windows(reader, paths, pad)
-    return [_activation_site(reader, a, *around.get(a, (None, None)), windows.get(a), pad) for a in activations]
+    sites = []
+    for activation in activations:
+        before, after = around.get(activation, (None, None))
+        sites.append(_activation_site(reader, activation, before, after, windows.get(activation), pad))
+    return sites
 
 
 def _activation_site(
-    reader: Reader, activation: Activation, before: Element | None, after: Element | None, window: Window | None, pad: str
+    reader: Reader,
+    activation: Activation,
+    before: Element | None,
+    after: Element | None,
+    window: Window | None,
+    pad: str,
 ) -> Site:
     before = before if before is not None and before.nodes else None
     exactness = ""
@@ -88,7 +110,13 @@ def _activation_site(
         exactness, reason = exactness_of(reader, [before, after], pad)
     else:
         reason = _barrier(reader, activation, before)
-    saved = window.macs_saved if window else macs_saved(reader, [before, after], pad) if before and after and not reason else 0
+    saved = (
+        window.macs_saved
+        if window
+        else macs_saved(reader, [before, after], pad)
+        if before and after and not reason
+        else 0
+    )
     return Site(
         "activation",
         activation.path,
@@ -115,7 +143,7 @@ class Window:
 
 
 def paying_windows(reader: Reader, paths: list[Path], pad: str) -> dict[Activation, Window]:
-    """For each activation the cheapest-to-reach window whose merge saves MACs: the shortest, then the one that saves most."""
+    """For each activation the cheapest-to-reach window whose merge saves MACs: the shortest, then what saves most."""
     best: dict[Activation, Window] = {}
     for path in paths:
         for length in range(2, len(path) + 1):
@@ -144,7 +172,10 @@ def macs_saved(reader: Reader, elements: Path, pad: str = "repad") -> int:
     before = sum(element_macs(reader, e) for e in elements)
     merged = maps[0]
     for m in maps[1:]:
-        merged = compose(with_edge(merged) if pad == "bias_map" and inexact_reason(merged, m) and can_carry_edge(merged) else merged, m)
+        merged = compose(
+            with_edge(merged) if pad == "bias_map" and inexact_reason(merged, m) and can_carry_edge(merged) else merged,
+            m,
+        )
     return before - merged.weight.numel() * positions(elements[-1])
 
 
@@ -166,7 +197,20 @@ def block_sites(gm: fx.GraphModule) -> list[Site]:
     blocks = find_blocks(gm)
     macs = {b.path: block_macs(gm, b) for b in blocks}
     sites = [
-        Site("block", b.path, "", None, (), None, tuple(b.source.meta["shape"][1:]), not b.reason, b.reason, "exact", (b.path,), macs[b.path])
+        Site(
+            "block",
+            b.path,
+            "",
+            None,
+            (),
+            None,
+            tuple(b.source.meta["shape"][1:]),
+            not b.reason,
+            b.reason,
+            "exact",
+            (b.path,),
+            macs[b.path],
+        )
         for b in blocks
     ]
     for span in find_spans(gm, blocks):
@@ -192,15 +236,23 @@ def _barrier(reader: Reader, activation: Activation, before: Element | None) -> 
     """In words, why nothing can be merged across the activation."""
     source = skip_transparent(reader.gm, activation.source)
     if before is None:
-        if len([u for u in activation.source.users if u not in activation.region]):
+        if any(u not in activation.region for u in activation.source.users):
             return "nothing mergeable: its input is also read elsewhere"
         why = reader.weight_reason(source) if reader.is_affine(source) else ""
-        return "nothing mergeable: " + (why or f"its input comes from '{_describe(source)}', not from a convolution, linear or norm")
+        return "nothing mergeable: " + (
+            why or f"its input comes from '{_describe(source)}', not from a convolution, linear or norm"
+        )
     users = [u for u in _readers(reader, activation.output) if u.op != "output"]
     if len(users) != 1:
-        return f"nothing mergeable: {len(users)} operations read it" if users else "nothing mergeable: it is the network's output"
+        return (
+            f"nothing mergeable: {len(users)} operations read it"
+            if users
+            else "nothing mergeable: it is the network's output"
+        )
     why = reader.weight_reason(users[0]) if reader.is_affine(users[0]) else ""
-    return "nothing mergeable: " + (why or f"'{_describe(users[0])}' reads it, not a convolution or linear of the same kind")
+    return "nothing mergeable: " + (
+        why or f"'{_describe(users[0])}' reads it, not a convolution or linear of the same kind"
+    )
 
 
 def _readers(reader: Reader, node: fx.Node) -> list[fx.Node]:
@@ -232,7 +284,7 @@ def site_axis(gm: fx.GraphModule, activation: Activation) -> int:
 
 
 def exactness_of(reader: Reader, elements: Path, pad: str) -> tuple[str, str]:
-    """(exactness class, reason against) of merging `elements` into one under a padding policy; judged without weights."""
+    """(exactness class, reason against) of merging `elements` under a padding policy; judged without weights."""
     maps = [reader.shape_of(e) for e in elements]
     padded = [i for i, m in enumerate(maps) if i and m.padded]
     if not padded:
@@ -243,4 +295,5 @@ def exactness_of(reader: Reader, elements: Path, pad: str) -> tuple[str, str]:
     if pad == "bias_map" and pointwise:
         return "bias_map", ""
     fix = "use pad='bias_map' or 'repad'" if pointwise else "use pad='repad'"
-    return "", f"zero padding of '{elements[padded[0]].path}' sits between the two, a merge would change border pixels ({fix})"
+    where = f"zero padding of '{elements[padded[0]].path}' sits between the two"
+    return "", f"{where}, a merge would change border pixels ({fix})"

@@ -20,9 +20,10 @@ EXACT = 1e-10
 
 @dataclass(frozen=True)
 class Verification:
-    """Largest relative error over all batches, max |y - y'| / max |y|, in float32 and in a float64 twin; top-1 agreement.
+    """Largest relative error over all batches, max |y - y'| / max |y|, in float32 and float64; top-1 agreement.
 
-    `resolutions`: the input sizes tried, with the reason where the network allows only one; `exact`: the float64 bound holds.
+    `resolutions`: the input sizes tried, with the reason where the network allows only one; `exact`: the bound holds in
+    the float64 twin.
     """
 
     max_relative_error: float
@@ -37,16 +38,22 @@ class Verification:
         return asdict(self)
 
     def __str__(self) -> str:
-        return (
-            f"max relative error {self.max_relative_error:.1e} (float32), {self.max_relative_error_float64:.1e} (float64), "
-            f"top-1 agreement {100 * self.top1_agreement:.2f} % of {self.samples} samples, at {', '.join(self.resolutions)}"
-        )
+        errors = f"{self.max_relative_error:.1e} (float32), {self.max_relative_error_float64:.1e} (float64)"
+        agreement = f"{100 * self.top1_agreement:.2f} % of {self.samples} samples"
+        return f"max relative error {errors}, top-1 agreement {agreement}, at {', '.join(self.resolutions)}"
 
 
-def verify(edited: nn.Module, collapsed: nn.Module, batches: Iterable[Any] = (), *, example_inputs: Any, random_batches: int = 2) -> Verification:
-    """Compare both networks in eval mode on `batches` (inputs, or what a loader yields) and on noise, at two resolutions where possible.
+def verify(
+    edited: nn.Module,
+    collapsed: nn.Module,
+    batches: Iterable[Any] = (),
+    *,
+    example_inputs: Any,
+    random_batches: int = 2,
+) -> Verification:
+    """Compare both networks in eval mode on `batches` and on noise, at two resolutions where possible.
 
-    Both networks stay untouched.
+    `batches`: inputs, or what a loader yields. Both networks stay untouched.
     """
     pair = (_eval(edited), _eval(collapsed))
     twins = _twins(*pair)
@@ -63,21 +70,30 @@ def verify(edited: nn.Module, collapsed: nn.Module, batches: Iterable[Any] = (),
         sizes.append("x".join(str(s) for s in tensors(inputs)[0].shape[1:]))
     sizes = list(dict.fromkeys(sizes))
     if not second:
-        sizes.append("no second size: the network fixes its input size" if other is not None else "no second size: inputs have no spatial axes")
+        sizes.append(
+            "no second size: the network fixes its input size"
+            if other is not None
+            else "no second size: inputs have no spatial axes"
+        )
     return Verification(worst, worst64, agree / max(samples, 1), samples, sizes, worst64 <= EXACT)
 
 
 def _twins(edited: nn.Module, collapsed: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """Both networks in float64; the collapsed one by repeating its merges there, so that no rounding to float32 is in between."""
-    twin = float64_twin(edited)
+    """Both networks in float64; the collapsed one by repeating its merges there, without rounding to float32."""
+    twin: Any = float64_twin(edited)
     if not (is_captured(edited) and is_captured(collapsed)):
         return twin, float64_twin(collapsed)
-    known = len(edited.meta["palmette"].get("decisions", []))
-    return twin, collapse_again(twin, collapsed.meta["palmette"].get("decisions", [])[known:]).eval()  # type: ignore[arg-type]
+    before, after = (_decisions(network) for network in (edited, collapsed))
+    return twin, collapse_again(twin, after[len(before) :]).eval()
+
+
+def _decisions(network: Any) -> list[dict[str, Any]]:
+    """What was merged, narrowed and absorbed so far in a captured network."""
+    return list(network.meta["palmette"].get("decisions", []))
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:
-    """max |a - b| / max |a|; infinite if either is not finite where the other is."""
+    """Relative error max |a - b| / max |a|; infinite if either is not finite where the other is."""
     finite = torch.isfinite(a)
     if not torch.equal(finite, torch.isfinite(b)):
         return float("inf")
@@ -91,8 +107,8 @@ def float64_twin(model: nn.Module) -> nn.Module:
     if isinstance(twin, fx.GraphModule):
         for node in twin.graph.nodes:
             if node.op == "call_function":
-                node.args = fx.node.map_aggregate(node.args, _widened)  # type: ignore[assignment]
-                node.kwargs = fx.node.map_aggregate(node.kwargs, _widened)  # type: ignore[assignment]
+                node.args = fx.node.map_aggregate(node.args, _widened)
+                node.kwargs = fx.node.map_aggregate(node.kwargs, _widened)
         twin.recompile()
     return twin.eval()
 
@@ -133,12 +149,14 @@ def _runs(model: nn.Module, inputs: Any) -> bool:
     try:
         with torch.no_grad():
             call(model, inputs)
-    except Exception:  # whatever a fixed-size network raises at another size
+    except Exception:  # noqa: BLE001 (whatever a fixed-size network raises at another size)
         return False
     return True
 
 
-def _compare(pair: tuple[nn.Module, nn.Module], twins: tuple[nn.Module, nn.Module], inputs: Any) -> tuple[float, float, int, int]:
+def _compare(
+    pair: tuple[nn.Module, nn.Module], twins: tuple[nn.Module, nn.Module], inputs: Any
+) -> tuple[float, float, int, int]:
     wide = map_tensors(lambda t: t.double() if t.is_floating_point() else t, inputs)
     with torch.no_grad():
         a, b = (main_output(call(m, inputs)) for m in pair)
@@ -146,5 +164,3 @@ def _compare(pair: tuple[nn.Module, nn.Module], twins: tuple[nn.Module, nn.Modul
     votes = a.argmax(-1) == b.argmax(-1) if a.dim() > 1 else torch.ones(len(a), dtype=torch.bool)
     per_sample = votes.reshape(len(votes), -1).all(1) if votes.dim() > 1 else votes
     return relative_error(a, b), relative_error(a64, b64), int(per_sample.sum()), len(per_sample)
-
-
