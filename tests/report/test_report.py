@@ -173,7 +173,7 @@ def test_merges_refusals_exports_and_origin_are_listed(tmp_path: Path) -> None:
         "bias map",
         "1.2e\u221214",
         "5.12\u202fM \u2192 3.24\u202fM",
-        "0.21 \u2192 0.15\u202fms",
+        "0.212 \u2192 0.149\u202fms",
         "Refused merges",
         "padding mode 'reflect' has no merged form",
         "6.1e\u221207",

@@ -66,7 +66,7 @@ def page_of(figures: Figures, plan: list[dict[str, str]], artifacts: list[dict[s
         colour_of=colour_of,
         done=[m for m in merges if m.done],
         refused=[m for m in merges if not m.done],
-        environment=_flat(figures.environment),
+        environment=_flat({k: v for k, v in figures.environment.items() if k not in ("command", "seed")}),
         plan=plan,
         artifacts=artifacts,
         max_rows=MAX_ROWS,
@@ -130,5 +130,10 @@ def _flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         if isinstance(item, dict):
             rows += _flat(item, f"{prefix}{key}.")
         else:
-            rows.append((f"{prefix}{key}", item if isinstance(item, str) else json.dumps(item)))
+            rows.append(
+                (
+                    f"{prefix}{key}",
+                    item if isinstance(item, str) else json.dumps(item) if item not in ([], None) else "none",
+                )
+            )
     return rows

@@ -52,7 +52,8 @@ def score_picture(figures: Figures) -> Markup | None:
             second.patch.set_alpha(0)
             _columns(second, scores, [s.entropy or 0.0 for s in scores], removed, "entropy, bits")
             second.set_yticks([])
-        _legend(axes, height)
+        if any(s.name in removed for s in scores):
+            _legend(axes, height)
         said = ", ".join(f"{s.name} {s.score:.3g}{' (removed)' if s.name in removed else ''}" for s in scores[:20])
         return svg(figure, "scores", f"Scores of {len(figures.scores)} candidates, low is removed first: {said}")
 

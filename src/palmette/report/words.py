@@ -93,7 +93,8 @@ def interval(bounds: list[float] | None) -> str:
 
 def three(value: float) -> str:
     """A number with about three digits."""
-    digits = 0 if abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2 if abs(value) >= 0.1 or value == 0 else 3
+    steps = (99.95, 9.995, 0.9995, 0.00995)
+    digits = 2 if value == 0 else next((i for i, least in enumerate(steps) if abs(value) >= least), 4)
     return f"{value:.{digits}f}".replace("-", MINUS)
 
 
