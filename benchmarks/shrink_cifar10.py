@@ -29,13 +29,13 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 SHRINK: dict[str, list[str]] = {
     "resnet56": ["--method", "block_influence", "--rounds", "6", "--epochs", "1", "--lr", "0.01", "--distill", "0.5"],
-    "mobilenetv2": ["--method", "easier", "--rounds", "5", "--epochs", "1", "--lr", "0.005", "--distill", "0.5"],
+    "mobilenetv2": ["--method", "easier", "--rounds", "4", "--epochs", "1", "--lr", "0.005", "--distill", "0.5"],
 }
 DATA = {
-    "resnet56": "cifar10:{}?norm=imagenet&augment=flip-shift&train=5000&batch=64",
-    "mobilenetv2": "cifar10:{}?size=96&norm=half&augment=flip&train=5000&batch=64",
+    "resnet56": "cifar10:{}?norm=imagenet&augment=flip-shift&train=3000&batch=64",
+    "mobilenetv2": "cifar10:{}?size=96&norm=half&augment=flip&train=2500&batch=64",
 }
-FINE_TUNE = "cifar10:{}?size=96&norm=half&augment=flip&train=15000&batch=64"
+FINE_TUNE = "cifar10:{}?size=96&norm=half&augment=flip&train=10000&batch=64"
 
 
 def main() -> None:
@@ -65,7 +65,7 @@ def shrink(name: str, runs: Path) -> dict[str, Any]:
 
 
 def fine_tuned(runs: Path) -> Path:
-    """Weights of MobileNetV2 after one epoch on 15,000 CIFAR-10 images at 96 px."""
+    """Weights of MobileNetV2 after one epoch on 10,000 CIFAR-10 images at 96 px."""
     file = runs / "mobilenetv2-cifar10.safetensors"
     if file.exists():
         return file
