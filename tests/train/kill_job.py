@@ -1,7 +1,7 @@
 """Healing jobs for the kill tests, run in processes of their own.
 
-As a script it is a nursery: it imports torch once, then forks a fresh process for every line "case folder" on its input,
-prints that process's number, and prints its exit status when it has ended.
+As a script it is a nursery: it imports torch once, then forks a process for every line "case folder" on its input,
+prints that process's number, and its exit status when it has ended.
 """
 
 from __future__ import annotations
@@ -72,7 +72,10 @@ CASES = {
     "adamw": ({}, {**ADAMW, **EVERY_3}),
     "sgd-distil-workers": ({"num_workers": 2}, {**SGD, **EVERY_3, "distill": 0.7}),
     "adamw-distil": ({"generator": True}, {**ADAMW, "distill": 0.7, "checkpoint_every_steps": 1}),
-    "adamw-persistent-workers": ({"num_workers": 2, "persistent_workers": True, "generator": True}, {**ADAMW, **EVERY_3}),
+    "adamw-persistent-workers": (
+        {"num_workers": 2, "persistent_workers": True, "generator": True},
+        {**ADAMW, **EVERY_3},
+    ),
     "by-the-clock": ({}, {**SGD, "checkpoint_seconds": 0.02}),
     "channels-last": ({}, {**ADAMW, **EVERY_3}),
 }
@@ -109,7 +112,7 @@ def nursery() -> None:
             try:
                 run(case, Path(folder))
                 status = 0
-            except BaseException:
+            except Exception:  # noqa: BLE001 - told here, and by the status
                 traceback.print_exc()
             os._exit(status)
         sys.stdout.write(f"{child}\n")

@@ -1,4 +1,4 @@
-"""Healing that is killed at random moments, and resumed until it is done, ends with the bytes of an uninterrupted run."""
+"""Healing, killed at random moments and resumed until it is done, ends with the bytes of an uninterrupted run."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ def load_optimizer_tensors(optimizer: Optimizer, tensors: dict[str, Tensor], res
     """Bring back what `optimizer_tensors` returned. Raises RunError when it belongs to another set of parameters."""
     parameters = _parameters(optimizer)
     stored = {name: tensor for name, tensor in tensors.items() if name.startswith("optimizer.")} | rest["plain"]
-    for name, value in stored.items():
+    for name, value in sorted(stored.items(), key=lambda item: item[0]):
         _, index, key = name.split(".", 2)
         if int(index) >= len(parameters):
             raise RunError("The checkpoint belongs to another optimizer", where=where, why=f"it stores {name!r}")

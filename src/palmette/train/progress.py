@@ -38,8 +38,9 @@ def progress(label: str, total: int | None) -> Iterator[Report]:
     if not shown():
         yield _silent
         return
+    console = Console(stderr=True, force_terminal=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, TextColumn("{task.fields[note]}"), console=console, transient=True) as bar:
         task = bar.add_task(label, total=total, note="")
         last = 0.0
 
