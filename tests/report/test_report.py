@@ -250,6 +250,10 @@ def test_speed_is_claimed_only_beyond_the_quartiles(
     assert words.headline(loaded(tmp_path, {"rows": rows})).startswith(said)
 
 
+def test_one_point_is_one_point(tmp_path: Path) -> None:
+    assert "within 1 point of the dense network" in words.headline(loaded(tmp_path, {"max_drop": 1.0}))
+
+
 def test_validation_figures_are_called_what_they_are(tmp_path: Path) -> None:
     assert "also chose when to stop" in page(tmp_path, {"split": "val"}).text
     assert "also chose when to stop" not in page(tmp_path).text

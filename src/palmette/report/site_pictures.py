@@ -36,7 +36,7 @@ def score_picture(figures: Figures) -> Markup | None:
         return None
     other = any(s.entropy is not None and s.entropy != s.score for s in scores)
     removed = figures.removed_names
-    labels = distinct([s.name for s in scores], 36)
+    labels = distinct([s.name for s in scores], 44)
     width, left, top = 960.0, 12 + 6.2 * max(map(len, labels.values())), 26.0
     height = top + 17 * len(scores) + 44
     with drawing():

@@ -103,6 +103,11 @@ def plural(number: int, word: str) -> str:
     return f"{number:,} {word}{'' if number == 1 else 's'}"
 
 
+def allowed(figures: Figures) -> str:
+    """The loss that was allowed: 0.5 points, 1 point."""
+    return f"{figures.max_drop:g} point{'' if figures.max_drop == 1 else 's'}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
     """What may be said of the accuracy. kind: good, open, bad or none."""
@@ -113,7 +118,7 @@ class Verdict:
 
 def verdict(figures: Figures) -> Verdict:
     """Whether the loss is within the bound: only when the upper end of the drop's 95 % interval is."""
-    bound = f"{figures.max_drop:g} points"
+    bound = allowed(figures)
     if figures.shrunk.removed == 0:
         return Verdict(kind="none", text="Nothing was removed")
     if figures.shrunk.difference is None:
@@ -135,9 +140,9 @@ def headline(figures: Figures) -> str:
     claims.append(_macs(dense, shrunk))
     cost = ", ".join(c for c in claims if c)
     loss = {
-        "good": f"within {figures.max_drop:g} points of the dense network",
-        "bad": f"more than {figures.max_drop:g} points below the dense network",
-        "open": f"whether it is within {figures.max_drop:g} points of the dense network is not resolved",
+        "good": f"within {allowed(figures)} of the dense network",
+        "bad": f"more than {allowed(figures)} below the dense network",
+        "open": f"whether it is within {allowed(figures)} of the dense network is not resolved",
     }[verdict(figures).kind]
     return f"{cost[0].upper()}{cost[1:]}. Accuracy: {loss}."
 
