@@ -107,7 +107,7 @@ def test_the_public_names_are_where_they_are_said_to_be() -> None:
 def test_methods_are_listed(capsys) -> None:
     assert run("methods") == 0
     printed = capsys.readouterr().out
-    for name in ("easier", "random", "block_influ"):
+    for name in ("easier", "random", "block_influence"):
         assert name in printed
 
 
@@ -187,7 +187,7 @@ def _weights(folder: Path, kind: str) -> Path:
         save_file(state, path)
         path.write_bytes(path.read_bytes()[:-100])
     elif kind == "keys":
-        save_file({f"module.{name}": tensor for name, tensor in state.items()}, path)
+        save_file({f"other.{name}": tensor for name, tensor in state.items()}, path)
     elif kind == "shapes":
         save_file({name: tensor[..., :1].clone() for name, tensor in state.items()}, path)
     elif kind == "pickle":
@@ -231,7 +231,7 @@ def _one_line(printed: str, says: str) -> None:
         ({"-m": "{source}:nothing"}, "nothing"),
         ({"-m": "palmette:nothing"}, "nothing"),
         ({"-d": "{source}:empty"}, "empty"),
-        ({"-d": "{source}:shifted"}, "label"),
+        ({"-d": "{source}:shifted"}, "Label"),
         ({"-d": "{source}:wide"}, "9"),
         ({"-d": "nowhere"}, "nowhere"),
         ({"--method": "easer"}, "Did you mean 'easier'"),

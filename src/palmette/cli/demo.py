@@ -35,7 +35,7 @@ def demo(
     from palmette.train.evaluate import evaluate
     from palmette.train.loop import HealConfig, heal
 
-    say = tables.console.print
+    say = tables.say
     if (run / "run.json").exists() and not resume:
         raise RunError("the folder holds a run already", where=str(run), fix="Pass --resume or --run another folder")
     found = resolve_data("digits", seed=seed)

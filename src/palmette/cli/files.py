@@ -52,7 +52,7 @@ def collapse(
     ]
     save(small, out, source=network)
     tables.console.print(tables.plain("Merges", ("members", "exactness", "MACs before", "MACs after", "result"), rows))
-    tables.console.print(f"Largest relative output error {seen.max_relative_error:.1e}. Written: {out}")
+    tables.say(f"Largest relative output error {seen.max_relative_error:.1e}. Written: {out}")
 
 
 def export(
@@ -77,7 +77,7 @@ def export(
     network, example = opt.load_model(model, weights, data, image_size, classes, trust)
     if saved is not None:
         network = load(network, saved)
-    tables.console.print(f"{out}: {export_network(network.eval(), example, out)}")
+    tables.say(f"{out}: {export_network(network.eval(), example, out)}")
 
 
 def report(run: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.", show_default=False)]) -> None:
@@ -87,4 +87,4 @@ def report(run: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder
     """
     from palmette.report import render
 
-    tables.console.print(f"Report: {render(run)}")
+    tables.say(f"Report: {render(run)}")

@@ -61,9 +61,7 @@ def measure(
 
     network, example = opt.load_model(model, weights, data, image_size, classes, trust)
     runtimes = tuple(runtime or ("eager",))
-    tables.console.print(
-        str(measure_network(network, example, profile, runtimes=runtimes, batch=batch, threads=threads))
-    )
+    tables.say(str(measure_network(network, example, profile, runtimes=runtimes, batch=batch, threads=threads)))
 
 
 def methods() -> None:
@@ -73,7 +71,5 @@ def methods() -> None:
     """
     from palmette.registry import methods as registered
 
-    rows = [(m.name, m.wing, m.title, m.sites, m.edit, m.unit, m.paper) for m in registered()]
-    tables.console.print(
-        tables.plain("Methods", ("name", "wing", "what it does", "ranks", "edit", "unit", "paper"), rows)
-    )
+    rows = [(m.name, m.sites, m.unit, f"{m.title}. {m.paper}") for m in registered()]
+    tables.console.print(tables.plain("Methods", ("name", "ranks", "unit of score", "what it does; paper"), rows))

@@ -92,7 +92,7 @@ def shrink(
         dry_run=dry_run,
         reproduce=reproduce,
         names={"command": command_line(), "model": model, "data": data},
-        say=tables.console.print,
+        say=tables.say,
     )
     show(result, method)
 
@@ -115,20 +115,20 @@ def show(result: ShrinkResult, method: str) -> None:
     """Print a result: the ranking of a dry run, or the accounting table, the proof and the path of the report."""
     from palmette.registry import get_method
 
-    print_line = tables.console.print
     if result.expected_seconds is not None:
-        print_line(tables.ranking(result.ranking, get_method(method).unit))
-        print_line(result.message)
+        tables.console.print(tables.ranking(result.ranking, get_method(method).unit))
+        tables.say(result.message)
         return
-    print_line(tables.accounting(result.rows, result.split))
-    print_line(tables.measured_on(result.rows))
+    tables.console.print(tables.accounting(result.rows, result.split))
+    for line in tables.measured_on(result.rows):
+        tables.say(line)
     if result.verification is not None:
-        print_line(f"Proof: {proof(result)}")
+        tables.say(f"Proof: {proof(result)}")
     for kind, parity in result.exports.items():
-        print_line(f"model.{kind}: {parity.get('error') or tables.parity(parity)}")
-    print_line(result.message)
+        tables.say(f"model.{kind}: {parity.get('error') or tables.parity(parity)}")
+    tables.say(result.message)
     if result.report is not None:
-        print_line(f"Report: {result.report}")
+        tables.say(f"Report: {result.report}")
 
 
 def proof(result: ShrinkResult) -> str:

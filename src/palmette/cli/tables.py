@@ -5,16 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 console = Console(soft_wrap=False, highlight=False)
 
 
+def say(text: str) -> None:
+    """Print one line as it is: no markup, no breaks that the terminal does not make."""
+    console.print(text, markup=False, soft_wrap=True)
+
+
 def accounting(rows: list[dict[str, Any]], split: str) -> Table:
     """The accounting table: one column per network, one line per quantity, units in the first column."""
-    table = Table(title=f"What it costs and what it keeps ({split} data)", title_justify="left")
-    table.add_column("")
+    table = Table(title=f"What it costs and what it keeps ({split} data)", title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("", no_wrap=True)
     for row in rows:
         table.add_column(row["name"], justify="right")
     for label, cell in _lines(rows[0]):
@@ -26,32 +32,33 @@ def _lines(first: dict[str, Any]) -> list[tuple[str, Callable[[dict[str, Any]], 
     lines: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
         ("activations linearised", lambda row: str(row["linearized"])),
         ("blocks dropped", lambda row: str(row["dropped"])),
-        ("parametric ops on the longest path", lambda row: str(row["depth"])),
+        ("depth, parametric ops", lambda row: str(row["depth"])),
         ("MACs", lambda row: f"{row['macs']:,}"),
         ("parameters", lambda row: f"{row['params']:,}"),
         ("peak memory, KiB", lambda row: f"{row['peak_bytes'] / 1024:,.1f}"),
     ]
     for index, latency in enumerate(first["latency"]):
-        label = f"latency, ms ({latency['runtime']}, batch {latency['batch']})"
+        label = f"{latency['runtime']}, ms"
         lines.append((label, lambda row, i=index: f"{row['latency'][i]['median_ms']:.3f}"))  # type: ignore[misc]
     lines.append(("top-1, %", lambda row: f"{100 * row['accuracy']:.2f}"))
-    lines.append(("  95 % interval", lambda row: f"{100 * row['interval'][0]:.2f} to {100 * row['interval'][1]:.2f}"))
+    lines.append(("  95 % interval", lambda row: f"{100 * row['interval'][0]:.2f}-{100 * row['interval'][1]:.2f}"))
     lines.append(("  samples", lambda row: str(row["n"])))
-    lines.append(("points against dense", _difference))
+    lines.append(("points against dense", lambda row: f"{row['difference'][0]:+.2f}" if row["difference"] else ""))
+    lines.append(("  95 % interval", _difference_interval))
     return lines
 
 
-def _difference(row: dict[str, Any]) -> str:
-    if row["difference"] is None:
-        return ""
-    points, low, high = row["difference"]
-    return f"{points:+.2f} [{low:+.2f}, {high:+.2f}]"
+def _difference_interval(row: dict[str, Any]) -> str:
+    return f"{row['difference'][1]:+.2f} {row['difference'][2]:+.2f}" if row["difference"] else ""
 
 
-def measured_on(rows: list[dict[str, Any]]) -> str:
-    """One line that names hardware, threads and dtype of the latencies."""
-    seen = {f"{lat['hardware']}, {lat['threads']} thread(s), {lat['dtype']}" for row in rows for lat in row["latency"]}
-    return "Latency: medians, interleaved; " + "; ".join(sorted(seen)) if seen else ""
+def measured_on(rows: list[dict[str, Any]]) -> list[str]:
+    """A line per runtime that names batch, threads, dtype and hardware of the latencies."""
+    return [
+        f"{lat['runtime']}: interleaved medians of {lat['runs']} samples, batch {lat['batch']}, "
+        f"{lat['threads']} thread{'s' if lat['threads'] > 1 else ''}, {lat['dtype']}, {lat['hardware']}"
+        for lat in rows[0]["latency"]
+    ]
 
 
 def ranking(rows: Sequence[dict[str, Any]], unit: str) -> Table:
@@ -70,8 +77,8 @@ def ranking(rows: Sequence[dict[str, Any]], unit: str) -> Table:
 def plain(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """A table of text, left-aligned."""
     table = Table(title=title, title_justify="left")
-    for column in columns:
-        table.add_column(column, overflow="fold")
+    for index, column in enumerate(columns):
+        table.add_column(column, overflow="fold", no_wrap=index == 0)
     for row in rows:
         table.add_row(*row)
     return table

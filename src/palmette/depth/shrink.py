@@ -8,10 +8,11 @@ to the same weights.
 from __future__ import annotations
 
 import dataclasses
+import io
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -184,7 +185,8 @@ def _config(method: Method, config: MethodConfig | None, reproduce: bool) -> Met
 def _captured(model: nn.Module, val: Iterable[Any], example: Example | None) -> tuple[Example, fx.GraphModule]:
     """Example inputs of batch 2 and the captured network in eval mode."""
     inputs = example_from(val) if example is None else with_batch(example, max(2, batch_size(example)))
-    return inputs, capture(model, inputs).eval()
+    with redirect_stderr(io.StringIO()):  # torch prints the graph of what does not trace
+        return inputs, capture(model, inputs).eval()
 
 
 def _check_sites(dense: fx.GraphModule, example: Example, kind: str) -> None:
