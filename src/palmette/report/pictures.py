@@ -166,7 +166,8 @@ def cost_picture(figures: Figures) -> Markup:
 
 def _pair(axes: Axes, bar: Bars, y: float) -> None:
     """One quantity at the height `y`: label, change, two bars with their values."""
-    room, longest = 318.0, max(bar.before, bar.after, *(high for _, high in bar.spread or ())) or 1.0
+    room, larger = 318.0, max(bar.before, bar.after) or 1.0
+    longest = min(1.2 * larger, max(larger, *(high for _, high in bar.spread or ((0.0, 0.0),))))
     change = words.change(bar.before, bar.after)
     axes.text(0, y + 7, bar.label, va="center", fontsize=8.8)
     axes.text(room, y + 7, change, va="center", ha="right", fontsize=8.8, color=COLOUR["muted"], weight="bold")
@@ -177,6 +178,6 @@ def _pair(axes: Axes, bar: Bars, y: float) -> None:
         axes.barh(at, room, height=9, color=COLOUR["grid"], alpha=0.45)
         axes.barh(at, room * value / longest, height=9, color=COLOUR[colour])
         if bar.spread is not None:
-            low, high = (room * b / longest for b in bar.spread[row])
+            low, high = (min(room, room * b / longest) for b in bar.spread[row])
             axes.plot([low, high], [at, at], color=COLOUR["ink"], linewidth=1.1, solid_capstyle="butt")
         axes.text(room + 10, at, text, va="center", fontsize=8.6)
