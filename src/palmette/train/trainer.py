@@ -127,8 +127,14 @@ class Trainer:
         if not all(bool(torch.isfinite(parameter).all()) for parameter in self.task.model.parameters()):
             raise TrainingError("Weights are not finite after the last step", where=self.task.label, fix=_DIVERGED)
         self._save(done=True)
-        self.fabric.barrier()
+        self._agree()
         return self.history
+
+    def _agree(self) -> None:
+        """Give every process the first one's weights: running statistics of batch normalisation are gathered apart."""
+        if self.fabric.world_size > 1:
+            for tensor in model_tensors(self.task.model).values():
+                tensor.copy_(self.fabric.broadcast(tensor))
 
     def _start_epoch(self) -> Epoch:
         """Seed everything for the epoch; ranks draw the same order of samples and dropout of their own."""
