@@ -2,9 +2,9 @@
 
 Usage: PALMETTE_DATA=DIR python benchmarks/shrink_cifar10.py [resnet56] [mobilenetv2] [--runs DIR]
 
-Each network runs through the command line, so that what is measured is what a user gets; a run that was cut off goes on where it
-stopped. Removals are chosen on the 2,000 validation images and reported once on the 4,000 test images. MobileNetV2 (ImageNet
-weights) is first fine-tuned on CIFAR-10. Sizes fit two CPU cores and about half an hour; both are arguments below.
+Each network runs through the command line, so that what is measured is what a user gets; a run that was cut off goes
+on where it stopped. Removals are chosen on the 2,000 validation images and reported once on the 4,000 test images.
+MobileNetV2 (ImageNet weights) is first fine-tuned on CIFAR-10. Sizes fit two CPU cores and about half an hour.
 The accounting table is printed and written to benchmarks/results/shrink_NAME.json.
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,9 +26,10 @@ from palmette.train.loop import HealConfig, heal
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
+HEAL = ["--epochs", "1", "--distill", "0.9"]
 SHRINK: dict[str, list[str]] = {
-    "resnet56": ["--method", "block_influence", "--rounds", "6", "--epochs", "1", "--lr", "0.01", "--distill", "0.5"],
-    "mobilenetv2": ["--method", "easier", "--rounds", "4", "--epochs", "1", "--lr", "0.005", "--distill", "0.5"],
+    "resnet56": ["--method", "block_influence", "--step", "2", "--rounds", "4", "--lr", "0.002", *HEAL],
+    "mobilenetv2": ["--method", "easier", "--rounds", "4", "--lr", "0.0003", "--optimizer", "adamw", *HEAL],
 }
 DATA = {
     "resnet56": "cifar10:{}?norm=imagenet&augment=flip-shift&train=3000&batch=64",
@@ -53,7 +53,18 @@ def shrink(name: str, runs: Path) -> dict[str, Any]:
     run = runs / f"cifar10-{name}"
     data = DATA[name].format(folder() / "cifar10")
     weights = fine_tuned(runs) if name == "mobilenetv2" else None
-    command = [sys.executable, "-m", "palmette", "shrink", "-m", f"{HERE / 'stored.py'}:{name}", "-d", data, "-r", str(run)]
+    command = [
+        sys.executable,
+        "-m",
+        "palmette",
+        "shrink",
+        "-m",
+        f"{HERE / 'stored.py'}:{name}",
+        "-d",
+        data,
+        "-r",
+        str(run),
+    ]
     command += SHRINK[name] + (["-w", str(weights)] if weights else []) + (["--resume"] if run.exists() else [])
     subprocess.run(command, check=True)
     figures: dict[str, Any] = json.loads((run / "figures.json").read_text())
@@ -72,12 +83,18 @@ def fine_tuned(runs: Path) -> Path:
     runs.mkdir(parents=True, exist_ok=True)
     data = resolve_data(FINE_TUNE.format(folder() / "cifar10"))
     network = mobilenetv2()
-    heal(network, data.train, HealConfig(epochs=1, lr=0.02, warmup=0.1), checkpoint=runs / "mobilenetv2-checkpoint.safetensors", label="fine-tune")
+    heal(
+        network,
+        data.train,
+        HealConfig(epochs=1, lr=5e-4, optimizer="adamw", warmup=0.1),
+        checkpoint=runs / "mobilenetv2-checkpoint.safetensors",
+        label="fine-tune",
+    )
     seen = evaluate(network, data.val)
     print(f"MobileNetV2 fine-tuned: {100 * seen.accuracy:.2f} % on {seen.n} validation images", flush=True)
     part = file.with_suffix(".part")
     save_file(network.state_dict(), str(part))
-    os.replace(part, file)
+    part.replace(file)
     return file
 
 
@@ -86,9 +103,11 @@ def show(figures: dict[str, Any]) -> None:
     print(f"\n{figures['model']}: {figures['message']}")
     for row in figures["rows"]:
         clocks = ", ".join(f"{t['median_ms']:.2f} ms {t['runtime']}" for t in row["latency"])
-        points = "" if row["difference"] is None else "difference {:+.2f} [{:+.2f}, {:+.2f}] points".format(*row["difference"])
+        paired = row["difference"]
+        points = "" if paired is None else "difference {:+.2f} [{:+.2f}, {:+.2f}] points".format(*paired)
         top1 = "-" if row["accuracy"] is None else f"{100 * row['accuracy']:.2f} % of {row['n']}"
-        print(f"  {row['name']:<22} depth {row['depth']:>3}  {row['macs'] / 1e6:8.2f} M MACs  {row['params'] / 1e3:8.1f} k  {clocks}  {top1}  {points}")
+        size = f"depth {row['depth']:>3}  {row['macs'] / 1e6:8.2f} M MACs  {row['params'] / 1e3:8.1f} k"
+        print(f"  {row['name']:<22} {size}  {clocks}  {top1}  {points}")
 
 
 if __name__ == "__main__":

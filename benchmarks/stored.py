@@ -1,4 +1,4 @@
-"""Trained networks of the data folder named by PALMETTE_DATA, as functions that `palmette --model FILE:FUNCTION` can call."""
+"""Trained networks of the folder that PALMETTE_DATA names, as functions for `palmette --model FILE:FUNCTION`."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def resnet56() -> nn.Module:
 
 
 def mobilenetv2(num_classes: int = 10) -> nn.Module:
-    """MobileNetV2 with ImageNet weights and a fresh classifier for `num_classes`, to be fine-tuned (96 px, inputs -1..1)."""
+    """MobileNetV2 with ImageNet weights and a fresh classifier, to be fine-tuned (96 px, inputs -1..1)."""
     network: Any = build("imagenet_mobilenetv2_1.0_224_q8")
     old = network.classifier.conv
     network.classifier.conv = nn.Conv2d(old.in_channels, num_classes, 1)

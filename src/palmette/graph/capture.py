@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from palmette.errors import CaptureError, InputError, PalmetteError
 from palmette.graph.blocks import find_blocks
+from palmette.graph.inline import inline_regions
 from palmette.graph.inputs import as_call, batch_size, call, map_tensors, tensors, with_batch
 from palmette.graph.raising import Raiser
 
@@ -69,13 +70,14 @@ def capture(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
             reference = _run(source, example)
             attention = _attention_dropout(source, example)
             exported, program = _export(source, example)
+            regions = inline_regions(exported)
             _plain_signature(exported.graph, example, reference)
             gm = Raiser(source, exported.graph, exported, attention).run()
             gm.eval()
             set_shapes(gm, example)
             find_blocks(gm)  # blocks get their stable names before any edit
             _check_equal(gm, example, reference)
-            lost = _lost_randomness(source, gm, example)
+            lost = _lost_randomness(source, gm, example) + regions + _absent_parameters(source, gm)
     except PalmetteError:
         raise
     except Exception as error:
@@ -306,6 +308,16 @@ def _lost_randomness(source: nn.Module, gm: fx.GraphModule, example: Any) -> lis
         missing = f"{counts[0] - counts[1]} of {counts[0]} random operations of training mode"
         return [f"{missing} are written as functions and were not restored"]
     return []
+
+
+def _absent_parameters(source: nn.Module, gm: fx.GraphModule) -> list[str]:
+    """Says so when trainable parameters are not in the graph: eval mode does not read them, or reads a cached copy."""
+    kept = {name for name, _ in gm.named_parameters(remove_duplicate=False)}
+    absent = [name for name, p in source.named_parameters() if name not in kept and p.requires_grad]
+    if not absent:
+        return []
+    shown = ", ".join(absent[:3]) + (", ..." if len(absent) > 3 else "")
+    return [f"{len(absent)} parameters that only training mode reads are left out: {shown}"]
 
 
 def _check_equal(gm: fx.GraphModule, example: Any, reference: Any) -> None:

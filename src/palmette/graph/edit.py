@@ -12,7 +12,7 @@ from torch import fx
 from palmette.errors import PlanError, RefusedEdit
 from palmette.graph.activations import find_activations
 from palmette.graph.blocks import find_blocks
-from palmette.graph.ops import ChannelAffine, module_of, remove_dead, set_module
+from palmette.graph.ops import ChannelAffine, module_of, remove_dead, set_module, tensor_inputs
 from palmette.graph.paths import Element, Path, Reader, conv_settings
 from palmette.graph.sites import activation_sites, site_axis
 
@@ -61,6 +61,25 @@ def _linearize(gm: fx.GraphModule, edit: Edit, reasons: dict[str, str]) -> None:
     activation.output.replace_all_uses_with(node)
     for old in sorted(activation.region, reverse=True):
         gm.graph.erase_node(old)
+    if not bool(slope.any()) and not _connected(gm):
+        raise RefusedEdit(
+            f"'{edit.site}' cannot be linearised with every channel off",
+            why="it is a cut vertex: the output would be constant, disconnected from the input",
+            fix="Use fit='affine', or leave this site alone.",
+        )
+
+
+def _connected(gm: fx.GraphModule) -> bool:
+    """Whether the output still depends on the input, former activations of slope zero taken as cut."""
+    reached: set[fx.Node] = set()
+    for node in gm.graph.nodes:
+        module = module_of(gm, node)
+        cut = isinstance(module, ChannelAffine) and not bool(module.slope.any())
+        if node.op == "placeholder" or (not cut and any(n in reached for n in tensor_inputs(node))):
+            reached.add(node)
+        if node.op == "output":
+            return any(n in reached for n in node.all_input_nodes)
+    return True
 
 
 def _drop(gm: fx.GraphModule, edit: Edit) -> None:

@@ -224,8 +224,12 @@ def prune_modules(gm: fx.GraphModule) -> None:
     used = {str(n.target) for n in gm.graph.nodes if n.op in ("call_module", "get_attr")}
     called = {str(n.target) for n in gm.graph.nodes if n.op == "call_module"}
 
+    tensors = dict(gm.named_parameters(remove_duplicate=False))
+    read = {id(p) for name, p in tensors.items() if name in used or any(name.startswith(c + ".") for c in called)}
+
     def belongs(name: str) -> bool:
-        return name in used or any(name.startswith(c + ".") for c in called)
+        tied = name in tensors and id(tensors[name]) in read
+        return tied or name in used or any(name.startswith(c + ".") for c in called)
 
     state = [n for n, _ in gm.named_parameters(remove_duplicate=False)] + [
         n for n, _ in gm.named_buffers(remove_duplicate=False)

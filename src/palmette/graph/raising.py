@@ -89,6 +89,7 @@ class Raiser:
     root: nn.Module = field(default_factory=nn.Module)
     names: Counter[str] = field(default_factory=Counter)
     taken: dict[str, nn.Module] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
 
     def run(self) -> fx.GraphModule:
         """The captured network."""
@@ -97,7 +98,11 @@ class Raiser:
         for node in list(self.graph.nodes):
             self._raise(node)
         self._move_state()
+        self._keep_names()
         gm = fx.GraphModule(self.root, self.graph)
+        for alias, name in self.aliases.items():
+            parent, _, leaf = alias.rpartition(".")
+            ensure_container(gm, parent).register_parameter(leaf, gm.get_parameter(name))
         for name, _ in list(gm.named_buffers(remove_duplicate=False)):
             parent, _, leaf = name.rpartition(".")
             if not self._persistent(name):
@@ -291,6 +296,14 @@ class Raiser:
                 container.register_parameter(leaf, value)
             elif value is not None and leaf not in container._buffers:
                 container.register_buffer(leaf, value)
+
+    def _keep_names(self) -> None:
+        """Note the further names of parameters that the network ties, so that they stay in its state."""
+        kept = {id(p): name for name, p in self.root.named_parameters(remove_duplicate=False)}
+        present = {name for name, _ in self.root.named_parameters(remove_duplicate=False)}
+        for name, p in self.source.named_parameters(remove_duplicate=False):
+            if name not in present and id(p) in kept:
+                self.aliases[name] = kept[id(p)]
 
     def _persistent(self, name: str) -> bool:
         parent, _, leaf = name.rpartition(".")
