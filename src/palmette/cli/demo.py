@@ -14,10 +14,10 @@ from palmette.cli import tables
 def demo(
     run: Annotated[Path, typer.Option("--run", "-r", metavar="DIR", help="Run folder to write.")] = Path("runs/demo"),
     network: Annotated[
-        Literal["digits-mlp", "digits-mobile"],
-        typer.Option(help="The dense network: MLP blocks or inverted residuals."),
-    ] = "digits-mlp",
-    epochs: Annotated[int, typer.Option(min=1, help="Epochs of training the dense network.")] = 15,
+        Literal["digits-mobile", "digits-mlp"],
+        typer.Option(help="The dense network: inverted residuals or MLP blocks."),
+    ] = "digits-mobile",
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of training the dense network.")] = 12,
     heal_epochs: Annotated[int, typer.Option(min=1, help="Healing epochs per round.")] = 3,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")] = False,
     seed: opt.Seed = 0,
@@ -26,6 +26,8 @@ def demo(
 
     Example: palmette demo
     """
+    import torch
+
     from palmette.cli.shrink import command_line, show
     from palmette.depth.shrink import shrink
     from palmette.errors import RunError
@@ -38,6 +40,7 @@ def demo(
     say = tables.say
     if (run / "run.json").exists() and not resume:
         raise RunError("the folder holds a run already", where=str(run), fix="Pass --resume or --run another folder")
+    torch.set_num_threads(1)  # networks this small gain nothing from more, and lose much where cores are busy
     found = resolve_data("digits", seed=seed)
     shape = tuple(found.example_inputs.shape[1:])
     with seeded("demo", seed):
@@ -54,7 +57,9 @@ def demo(
         run_dir=run,
         resume=resume,
         max_drop=1.0,
-        heal=HealConfig(optimizer="adamw", lr=1e-3, epochs=heal_epochs),
+        heal=HealConfig(optimizer="adamw", lr=2e-3, epochs=heal_epochs, distill=0.5),
+        step=2,
+        rounds=3,
         calibration_loader=found.calibration,
         seed=seed,
         names={"command": command_line(), "model": f"palmette:{network}", "data": "digits"},

@@ -41,7 +41,7 @@ def _lines(first: dict[str, Any]) -> list[tuple[str, Callable[[dict[str, Any]], 
         label = f"{latency['runtime']}, ms"
         lines.append((label, lambda row, i=index: f"{row['latency'][i]['median_ms']:.3f}"))  # type: ignore[misc]
     lines.append(("top-1, %", lambda row: f"{100 * row['accuracy']:.2f}"))
-    lines.append(("  95 % interval", lambda row: f"{100 * row['interval'][0]:.2f}-{100 * row['interval'][1]:.2f}"))
+    lines.append(("  95 % interval", lambda row: f"{100 * row['interval'][0]:.1f} to {100 * row['interval'][1]:.1f}"))
     lines.append(("  samples", lambda row: str(row["n"])))
     lines.append(("points against dense", lambda row: f"{row['difference'][0]:+.2f}" if row["difference"] else ""))
     lines.append(("  95 % interval", _difference_interval))
@@ -49,7 +49,7 @@ def _lines(first: dict[str, Any]) -> list[tuple[str, Callable[[dict[str, Any]], 
 
 
 def _difference_interval(row: dict[str, Any]) -> str:
-    return f"{row['difference'][1]:+.2f} {row['difference'][2]:+.2f}" if row["difference"] else ""
+    return f"{row['difference'][1]:+.1f} to {row['difference'][2]:+.1f}" if row["difference"] else ""
 
 
 def measured_on(rows: list[dict[str, Any]]) -> list[str]:

@@ -78,7 +78,9 @@ def _latencies(session: Session, rows: list[Contender]) -> dict[str, list[dict[s
     networks = {row.name: row.network for row in rows}
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in networks}
     for runtime in runtimes():
-        for name, latency in measure_latency(networks, session.example, runtime=runtime).items():
+        for name, latency in measure_latency(
+            networks, session.example, runtime=runtime, threads=session.settings.threads
+        ).items():
             found[name].append(latency.to_dict())
     return found
 

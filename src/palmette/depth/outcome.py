@@ -135,7 +135,8 @@ def _message(session: Session, found: Search, rows: list[dict[str, Any]]) -> str
     shrunk = rows[1]
     difference, low, high = shrunk["difference"]
     bound = session.settings.max_drop
-    verdict = f"within {bound:g} points" if -low <= bound else f"within {bound:g} points is not resolved"
+    within = f"within {bound:g} point{'' if bound == 1 else 's'}"
+    verdict = within if -low <= bound else f"{within} is not resolved"
     removed = shrunk["linearized"] + shrunk["dropped"]
     return (
         f"{removed} site{'s' if removed > 1 else ''} removed in {found.winner + 1} round{'s' if found.winner else ''}; "

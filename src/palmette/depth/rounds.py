@@ -7,6 +7,7 @@ A round is accepted when validation accuracy is within `max_drop` points of the 
 from __future__ import annotations
 
 import copy
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -176,11 +177,10 @@ def expected_seconds(session: Session, rounds: int) -> float:
     """Seconds that healing `rounds` rounds will take, from timed forward passes (backward counts twice)."""
     probe = copy.deepcopy(session.dense)
     begun = time.perf_counter()
-    steps = 0
-    for batch in session.calibration:
+    probed = 0
+    for batch in itertools.islice(session.calibration, 3):
         session.evaluate(probe, [batch])
-        steps += 1
-        if steps == 3:
-            break
-    per_step = 3 * (time.perf_counter() - begun) / max(steps, 1)
-    return per_step * len(session.train) * session.heal.epochs * rounds  # type: ignore[arg-type]
+        probed += 1
+    per_step = 3 * (time.perf_counter() - begun) / max(probed, 1)
+    steps = len(session.train) * session.heal.epochs * rounds  # type: ignore[arg-type]
+    return float(per_step * steps)

@@ -33,6 +33,7 @@ class Settings(MethodConfig):
     patience: Annotated[int, Bounds(low=1)] = 2
     pad: Pad = "repad"
     calibration_batches: Annotated[int | None, Bounds(low=1)] = 32
+    threads: Annotated[int, Bounds(low=1)] = 1
     controls: bool = True
     reproduce: bool = False
     seed: Annotated[int, Bounds(low=0)] = 0

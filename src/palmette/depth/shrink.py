@@ -82,6 +82,7 @@ def shrink(
     patience: int = 2,
     pad: str | None = None,
     cost: str | CostTable | None = None,
+    threads: int = 1,
     calibration_loader: Iterable[Any] | None = None,
     calibration_batches: int | None = 32,
     controls: bool = True,
@@ -95,8 +96,9 @@ def shrink(
 
     model is not changed. Loaders yield (inputs, target); test data is looked at once, at the end. target_latency:
     "3.2ms" or "0.5x". heal: the training after each removal. cost: "onnxruntime", "eager", "macs" or a CostTable.
-    names: what figures.json calls command, model and data. Raises a PalmetteError for input that cannot be used
-    (nothing is written then) and VerifyError when the result does not compute what its plan says.
+    threads: those that latencies are measured with. names: what figures.json calls command, model and data. Without
+    run_dir nothing is kept, exported or reported. Raises a PalmetteError for input that cannot be used (nothing is
+    written then) and VerifyError when the result does not compute what its plan says.
     """
     settings = Settings(
         max_drop=max_drop,
@@ -107,6 +109,7 @@ def shrink(
         controls=controls,
         pad=pad or ("exact" if reproduce else "repad"),  # type: ignore[arg-type]
         calibration_batches=calibration_batches,
+        threads=threads,
         reproduce=reproduce,
         seed=seed,
     )
@@ -134,7 +137,7 @@ def shrink(
             config=options,
             settings=settings,
             heal=heal or HealConfig(),
-            table=_table(cost, run),
+            table=_table(cost, run, settings.threads),
             run=run,
             keep=keep is not None,
             protect=check_protected(protect, dense, example),
@@ -194,11 +197,11 @@ def _check_sites(dense: fx.GraphModule, example: Example, kind: str) -> None:
         raise InputError(f"the network has no {kind} to remove", fix="`palmette sites` lists what it has")
 
 
-def _table(cost: str | CostTable | None, run: Run) -> CostTable:
+def _table(cost: str | CostTable | None, run: Run, threads: int) -> CostTable:
     """The cost table: the caller's own, or one journaled in the run folder."""
     if isinstance(cost, CostTable):
         return cost
-    return CostTable(cost or ("onnxruntime" if has_onnx() else "eager"), run.path("cost_table.json"))
+    return CostTable(cost or ("onnxruntime" if has_onnx() else "eager"), run.path("cost_table.json"), threads=threads)
 
 
 @contextmanager
