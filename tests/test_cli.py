@@ -172,6 +172,22 @@ def test_dry_run_writes_nothing(source, tmp_path, capsys) -> None:
     assert not folder.exists()
 
 
+@pytest.mark.slow
+def test_demo(tmp_path, capsys) -> None:
+    folder = tmp_path / "demo"
+    threads = torch.get_num_threads()
+    try:
+        assert run("demo", "--run", folder, "--epochs", "8", "--heal-epochs", "2") == 0
+    finally:
+        torch.set_num_threads(threads)
+    printed = capsys.readouterr().out
+    assert "dense + same" in " ".join(printed.split())
+    assert "report.html" in printed
+    rows = json.loads((folder / "figures.json").read_text())["rows"]
+    assert rows[1]["depth"] < rows[0]["depth"]
+    assert run("demo", "--run", folder) == 2
+
+
 class Malicious:
     """Pickles into a call of print."""
 

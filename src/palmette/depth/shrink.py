@@ -12,7 +12,7 @@ import io
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, suppress
+from contextlib import closing, contextmanager, redirect_stderr, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,8 +123,10 @@ def shrink(
     described = {**asdict(settings), "method": chosen.name, "options": asdict(options), "protect": list(protect)}
     described |= {"heal": (heal or HealConfig()).recipe(), "network": weights_hash(model.state_dict())}
     command = (names or {}).get("command", "palmette.shrink")
-    with _folder(keep) as folder:
-        run = Run(folder, resume=resume, command=command, seed=seed, config=described)
+    with (
+        _folder(keep) as folder,
+        closing(Run(folder, resume=resume, command=command, seed=seed, config=described)) as run,
+    ):
         session = Session(
             model=model,
             dense=dense,
@@ -145,10 +147,7 @@ def shrink(
             metric=metric,
         )
         speak = say or _silent
-        try:
-            return _preview(session) if dry_run else _run(session, names or {}, keep, speak)
-        finally:
-            run.close()
+        return _preview(session) if dry_run else _run(session, names or {}, keep, speak)
 
 
 def check_request(
