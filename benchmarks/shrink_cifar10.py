@@ -26,13 +26,13 @@ from palmette.train.loop import HealConfig, heal
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
-HEAL = ["--epochs", "1", "--distill", "0.9"]
+HEAL = ["--max-drop", "1", "--epochs", "1", "--distill", "0.9"]
 SHRINK: dict[str, list[str]] = {
-    "resnet56": ["--method", "block_influence", "--step", "2", "--rounds", "4", "--lr", "0.002", *HEAL],
+    "resnet56": ["--method", "block_influence", "--rounds", "5", "--lr", "0.001", *HEAL],
     "mobilenetv2": ["--method", "easier", "--rounds", "4", "--lr", "0.0003", "--optimizer", "adamw", *HEAL],
 }
 DATA = {
-    "resnet56": "cifar10:{}?norm=imagenet&augment=flip-shift&train=3000&batch=64",
+    "resnet56": "cifar10:{}?norm=imagenet&augment=flip-shift&train=4000&batch=64",
     "mobilenetv2": "cifar10:{}?size=96&norm=half&augment=flip&train=2500&batch=64",
 }
 FINE_TUNE = "cifar10:{}?size=96&norm=half&augment=flip&train=10000&batch=64"

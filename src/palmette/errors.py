@@ -6,7 +6,8 @@ from __future__ import annotations
 class PalmetteError(Exception):
     """An error that a user can act on.
 
-    Parts are joined into one message: `what` (the fault), `where` (module, file or option), `why`, and `fix` (what to do).
+    Parts are joined into one message: `what` (the fault), `where` (module, file or option), `why`, and `fix` (what to
+    do).
     """
 
     def __init__(self, what: str, *, where: str | None = None, why: str | None = None, fix: str | None = None) -> None:

@@ -8,11 +8,10 @@ to the same weights.
 from __future__ import annotations
 
 import dataclasses
-import io
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, redirect_stderr, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -187,8 +186,7 @@ def _config(method: Method, config: MethodConfig | None, reproduce: bool) -> Met
 def _captured(model: nn.Module, val: Iterable[Any], example: Example | None) -> tuple[Example, fx.GraphModule]:
     """Example inputs of batch 2 and the captured network in eval mode."""
     inputs = example_from(val) if example is None else with_batch(example, max(2, batch_size(example)))
-    with redirect_stderr(io.StringIO()):  # torch prints the graph of what does not trace
-        return inputs, capture(model, inputs).eval()
+    return inputs, capture(model, inputs).eval()
 
 
 def _check_sites(dense: fx.GraphModule, example: Example, kind: str) -> None:

@@ -52,8 +52,8 @@ def save(model: nn.Module, file: str | Path, *, source: nn.Module | None = None)
     meta: Any = model.meta
     info: dict[str, Any] = dict(meta["palmette"])
     state, aliases = _unshared(model.state_dict())
-    metadata = {
-        "palmette": str(FORMAT),
+    facts = {
+        "format": str(FORMAT),
         "torch": torch.__version__.split("+")[0],
         "plan": info.get("plan") or Plan().to_json(),
         "pad": info.get("pad", "repad"),
@@ -64,7 +64,8 @@ def save(model: nn.Module, file: str | Path, *, source: nn.Module | None = None)
         "source": structure_hash(source) if source is not None else "",
         "weights": weights_hash(state),
     }
-    write_atomic(Path(file), to_bytes(state, metadata=metadata))
+    # One key only: safetensors writes several in no fixed order, and equal networks should give equal files.
+    write_atomic(Path(file), to_bytes(state, metadata={"palmette": json.dumps(facts)}))
 
 
 def load(source_model: nn.Module, file: str | Path) -> fx.GraphModule:
@@ -105,19 +106,28 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise InputError("There is no such file", where=str(path), fix="Pass the model.safetensors of a run.")
     try:
         with safe_open(str(path), framework="pt") as f:
-            metadata = dict(f.metadata() or {})
+            facts = (f.metadata() or {}).get("palmette", "{}")
             state = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (safe_open is no mapping)
     except (SafetensorError, OSError) as error:
         raise InputError(
             "The file is truncated or no safetensors file", where=str(path), why=str(error), fix="Write it again."
         ) from error
-    if metadata.get("palmette") != str(FORMAT):
+    metadata = _parsed(facts)
+    if metadata.get("format") != str(FORMAT):
         raise InputError(
             "The file holds no palmette plan",
             where=str(path),
             fix="Pass a file written by palmette, or load plain weights with --weights.",
         )
     return state, metadata
+
+
+def _parsed(text: str) -> dict[str, str]:
+    try:
+        facts = json.loads(text)
+    except ValueError:
+        return {}
+    return facts if isinstance(facts, dict) else {}
 
 
 def _unshared(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -103,6 +103,7 @@ class Raiser:
         for alias, name in self.aliases.items():
             parent, _, leaf = alias.rpartition(".")
             ensure_container(gm, parent).register_parameter(leaf, gm.get_parameter(name))
+        _order_like(gm, self.source)
         for name, _ in list(gm.named_buffers(remove_duplicate=False)):
             parent, _, leaf = name.rpartition(".")
             if not self._persistent(name):
@@ -332,6 +333,16 @@ def _later_than(node: fx.Node, order: dict[fx.Node, int]) -> Callable[[fx.Node],
 def _ntuple(value: Any, n: int) -> tuple[int, ...]:
     items = list(value) if isinstance(value, list | tuple) else [value]
     return tuple(int(v) for v in (items * n if len(items) == 1 else items))
+
+
+def _order_like(gm: nn.Module, source: nn.Module) -> None:
+    """Put submodules in the source's order, so that parameters come in the same order and under their first names."""
+    order = {name: i for i, (name, _) in enumerate(source.named_modules(remove_duplicate=False))}
+    for path, module in list(gm.named_modules()):
+        prefix = f"{path}." if path else ""
+        ranked = sorted(module._modules.items(), key=lambda item: order.get(prefix + item[0], len(order)))
+        module._modules.clear()
+        module._modules.update(ranked)
 
 
 def _bare(cls: type[nn.Module], *args: Any) -> nn.Module:
