@@ -187,7 +187,12 @@ def environment() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             continue
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    hardware = {"processor": _processor(), "cores": os.cpu_count(), "gpus": gpus, "system": platform.platform()}
+    hardware = {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "gpus": gpus,
+        "system": f"{platform.system()} {platform.machine()}",
+    }
     return {"versions": versions, "hardware": hardware, "threads": torch.get_num_threads()}
 
 
