@@ -133,7 +133,10 @@ def collapse_again(edited: fx.GraphModule, decisions: list[dict[str, Any]]) -> f
 
 def _finish(gm: fx.GraphModule, decisions: list[dict[str, Any]]) -> None:
     remove_dead(gm)
-    gm.meta["palmette"] |= {"decisions": [*gm.meta["palmette"].get("decisions", []), *decisions], "collapsed": True}
+    info = gm.meta["palmette"]
+    info["decisions"] = [*info.get("decisions", []), *decisions]
+    info["steps"] = [*info.get("steps", []), {"decisions": decisions}]
+    info["collapsed"] = True
     set_shapes(gm, example_of(gm))
 
 

@@ -53,7 +53,7 @@ def _linearize(gm: fx.GraphModule, edit: Edit, reasons: dict[str, str]) -> None:
             fix="Fit the plan on this model.",
         )
     module = ChannelAffine(slope.to(reference), offset.to(reference), axis, trainable=edit.fit == "affine")
-    path = "linearized." + edit.site.replace(".", "_").replace("#", "_")
+    path = f"linearized.{_name(gm, edit.site)}"
     set_module(gm, path, module.train(gm.training))
     with gm.graph.inserting_after(activation.output):
         node = gm.graph.call_module(path, (activation.source,))
@@ -67,6 +67,16 @@ def _linearize(gm: fx.GraphModule, edit: Edit, reasons: dict[str, str]) -> None:
             why="it is a cut vertex: the output would be constant, disconnected from the input",
             fix="Use fit='affine', or leave this site alone.",
         )
+
+
+def _name(gm: fx.GraphModule, site: str) -> str:
+    """The site's path as an attribute, another for each site ever linearised here: 'a.b' and 'a_b' both give 'a_b'."""
+    names = gm.meta["palmette"].setdefault("linearized", {})
+    name = site.replace(".", "_").replace("#", "_")
+    while name in names.values():
+        name += "_"
+    names[site] = name
+    return str(name)
 
 
 def _connected(gm: fx.GraphModule) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from palmette.errors import InputError, PlanError
 from palmette.files import write_atomic
-from palmette.graph.capture import is_captured, make_inputs, set_shapes
+from palmette.graph.capture import capture, is_captured, make_inputs, set_shapes
 from palmette.graph.ops import remove_dead
 from palmette.graph.plan import Plan
 from palmette.graph.rewrite import replay
@@ -59,7 +59,7 @@ def save(model: nn.Module, file: str | Path, *, source: nn.Module | None = None)
         "pad": info.get("pad", "repad"),
         "inputs": json.dumps(info["inputs"]),
         "collapsed": json.dumps(bool(info.get("collapsed"))),
-        "decisions": json.dumps(info.get("decisions", [])),
+        "steps": json.dumps(info.get("steps", [])),
         "aliases": json.dumps(aliases),
         "source": structure_hash(source) if source is not None else "",
         "weights": weights_hash(state),
@@ -84,16 +84,37 @@ def load(source_model: nn.Module, file: str | Path) -> fx.GraphModule:
             fix="Pass the original model.",
         )
     example = make_inputs(json.loads(metadata["inputs"]))
-    gm = Plan.from_json(metadata["plan"]).apply(source_model, example, metadata["pad"])
-    decisions = json.loads(metadata["decisions"])
-    replay(gm, decisions)
-    remove_dead(gm)
+    gm = capture(source_model, example)
+    for step in _steps(metadata):
+        if "plan" in step:
+            gm = Plan.from_json(step["plan"]).apply(gm, example, step["pad"])
+        else:
+            _replay(gm, step["decisions"], example)
     for name, original in json.loads(metadata["aliases"]).items():
         state[name] = state[original]
     _fill(gm, state, path)
-    gm.meta["palmette"] |= {"decisions": decisions, "collapsed": json.loads(metadata["collapsed"])}
+    gm.meta["palmette"]["collapsed"] = json.loads(metadata["collapsed"])
     set_shapes(gm, example)
     return gm.eval()
+
+
+def _steps(metadata: dict[str, str]) -> list[dict[str, Any]]:
+    """What was applied and collapsed, in order; files of an earlier version hold one plan and its decisions."""
+    if "steps" in metadata:
+        return list(json.loads(metadata["steps"]))
+    decisions = json.loads(metadata["decisions"])
+    return [{"plan": metadata["plan"], "pad": metadata["pad"]}, *([{"decisions": decisions}] if decisions else [])]
+
+
+def _replay(gm: fx.GraphModule, decisions: list[dict[str, Any]], example: Any) -> None:
+    """Repeat one collapse in place: its structure, without timing or algebra."""
+    replay(gm, decisions)
+    remove_dead(gm)
+    info = gm.meta["palmette"]
+    info["decisions"] = [*info.get("decisions", []), *decisions]
+    info["steps"] = [*info.get("steps", []), {"decisions": decisions}]
+    gm.recompile()
+    set_shapes(gm, example)
 
 
 def read_plan(file: str | Path) -> Plan:

@@ -159,7 +159,8 @@ class Plan:
             repad(gm)
         before = gm.meta["palmette"].get("plan")
         plan = (Plan.from_json(before) if before else Plan()) + self
-        gm.meta["palmette"] |= {"plan": plan.to_json(), "pad": pad}
+        steps = [*gm.meta["palmette"].get("steps", []), {"plan": self.to_json(), "pad": pad}]
+        gm.meta["palmette"] |= {"plan": plan.to_json(), "pad": pad, "steps": steps}
         gm.recompile()
         set_shapes(gm, example_of(gm))
         return gm
