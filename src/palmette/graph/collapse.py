@@ -278,12 +278,7 @@ class _Worker:
             module: Any = module_of(self.gm, norm)
             offset = torch.zeros_like(module.weight) if module.bias is None else module.bias
             merged = compose(diagonal(module.weight.detach(), offset.detach(), 0), merged)
-        first = elements[0].main
-        result = (
-            str(first.target)
-            if first.op == "call_module"
-            else "merged." + elements[0].path.replace(".", "_").replace("#", "_")
-        )
+        result = self._result(elements[0])
         decision = {
             "type": "merge",
             "nodes": [n.meta["path"] for n in nodes],
@@ -301,6 +296,15 @@ class _Worker:
             MergeRecord(members, result, True, reason, choice.exactness, worst, worst32, macs_before, macs_after, *ms)
         )
         return decision
+
+    def _result(self, first: Element) -> str:
+        """Name of the module that takes the place of a run: that of its first module, else one that is free."""
+        if first.main.op == "call_module":
+            return str(first.main.target)
+        name, taken = "merged." + first.path.replace(".", "_").replace("#", "_"), dict(self.gm.named_modules())
+        while name in taken:
+            name += "_"
+        return name
 
     def _skip(self, nodes: list[fx.Node], merged: Affine) -> fx.Node | None:
         """The addition x + run(x) behind the run, if the identity can go into the kernel."""
