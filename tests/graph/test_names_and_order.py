@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from palmette.errors import InputError, PlanError
 from palmette.graph import Plan, collapse, find_sites, linearize, load, save
 from palmette.graph.ops import ChannelAffine
 
@@ -120,3 +124,47 @@ def test_edits_and_collapses_are_loaded_in_their_order(
             assert torch.equal(again(x), network.eval()(x))
         save(again, tmp_path / "again.safetensors", source=net)
         assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "net.safetensors").read_bytes()
+
+
+def _damage(file: Path, change: Any) -> None:
+    with safe_open(file, framework="pt") as f:
+        facts = json.loads(f.metadata()["palmette"])
+        state = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    change(facts, state)
+    save_file(state, file, metadata={"palmette": json.dumps(facts)})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda facts, _: facts.pop("inputs"), "damaged"),
+        (lambda facts, _: facts.update(inputs="{"), "damaged"),
+        (lambda facts, _: facts.update(steps='[{"decisions": [{"type": "merge"}]}]'), "damaged"),
+        (lambda facts, _: facts.update(steps="[1]"), "damaged"),
+        (lambda facts, _: facts.update(aliases='{"a": "b"}'), "damaged"),
+        (lambda _, state: next(iter(state.values())).add_(1), "not those"),
+    ],
+)
+def test_a_damaged_file_is_refused(change: Any, message: str, tmp_path: Path) -> None:
+    net, x, file = _Nested().eval(), torch.randn(4, 8), tmp_path / "net.safetensors"
+    save(collapse(_edit(net, x, ["a.b"]), force=True)[0], file, source=net)
+    _damage(file, change)
+    with pytest.raises(InputError, match=message):
+        load(net, file)
+
+
+@pytest.mark.parametrize(
+    "edits",
+    [
+        5,
+        [{"kind": "linearize", "site": "a.b", "fit": "affine", "slope": "abc", "offset": [0.0]}],
+        [{"kind": "linearize", "site": "a.b", "fit": "affine", "slope": [None], "offset": [0.0]}],
+        [{"kind": "linearize", "site": "a.b", "fit": "affine", "slope": 7, "offset": [0.0]}],
+        [{"kind": "linearize", "site": "a.b", "fit": "affine", "slope": [1.0, 2.0]}],
+        [{"kind": "linearize", "site": "a.b", "fit": "affine", "slope": [1.0, 2.0], "offset": [1.0]}],
+        [{"kind": "linearize", "site": "a.b", "fit": "identity", "force": "yes"}],
+    ],
+)
+def test_a_malformed_plan_is_refused(edits: Any) -> None:
+    with pytest.raises(PlanError):
+        Plan.from_json(json.dumps({"palmette_plan": 1, "edits": edits}))

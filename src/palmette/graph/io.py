@@ -72,7 +72,7 @@ def load(source_model: nn.Module, file: str | Path) -> fx.GraphModule:
     """Rebuild the network that `save` wrote from the network it was made from, without timing or algebra.
 
     The weights of `source_model` do not matter.
-    Raises InputError for a missing, truncated or foreign file, PlanError if the source model is another network.
+    Raises InputError for a missing, truncated, damaged or foreign file, PlanError for another source model.
     """
     path = Path(file)
     state, metadata = _read(path)
@@ -83,6 +83,15 @@ def load(source_model: nn.Module, file: str | Path) -> fx.GraphModule:
             where=str(path),
             fix="Pass the original model.",
         )
+    try:
+        return _rebuilt(source_model, state, metadata, path)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise InputError(
+            "The file's plan is damaged", where=str(path), why=f"{type(error).__name__}: {error}", fix="Write it again."
+        ) from error
+
+
+def _rebuilt(source_model: nn.Module, state: dict[str, Tensor], metadata: dict[str, str], path: Path) -> fx.GraphModule:
     example = make_inputs(json.loads(metadata["inputs"]))
     gm = capture(source_model, example)
     for step in _steps(metadata):
@@ -140,6 +149,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             where=str(path),
             fix="Pass a file written by palmette, or load plain weights with --weights.",
         )
+    if metadata.get("weights") not in (None, weights_hash(state)):
+        raise InputError("The file's weights are not those it was written with", where=str(path), fix="Write it again.")
     return state, metadata
 
 

@@ -113,6 +113,8 @@ class Plan:
             ) from error
         if version != FORMAT:
             raise PlanError(f"Plan format {version} is not known", fix="Update palmette.")
+        if not isinstance(raw, list):
+            raise PlanError("This is no plan", why='"edits" is no list', fix="Pass what Plan.to_json wrote.")
         return Plan([_edit_from(e) for e in raw])
 
     def fit(
@@ -188,12 +190,23 @@ def _edit_from(raw: Any) -> Edit:
     values: dict[str, Any] = dict(raw)
     for key in ("slope", "offset"):
         if key in values:
-            values[key] = tuple(float(v) for v in values[key])
-            if not all(math.isfinite(v) for v in values[key]):
-                raise PlanError(f"The {key} of '{raw['site']}' is not finite", fix="Fit the plan again.")
+            values[key] = _numbers(values[key], key, raw["site"])
+    if ("slope" in values) != ("offset" in values) or len(values.get("slope", ())) != len(values.get("offset", ())):
+        raise PlanError(f"The slopes and offsets of '{raw['site']}' do not pair up", fix="Fit the plan again.")
+    if not isinstance(values.get("force", False), bool):
+        raise PlanError(f"The edit of '{raw['site']}' is malformed: force is no boolean", fix="Write true or false.")
     if raw["kind"] == "linearize" and raw.get("fit") not in FITS:
         raise PlanError(f"Unknown fit '{raw.get('fit')}' of '{raw['site']}'", fix=f"Use one of {', '.join(FITS)}.")
     return Edit(**values)
+
+
+def _numbers(raw: Any, key: str, site: str) -> tuple[float, ...]:
+    if not isinstance(raw, list) or not all(isinstance(v, int | float) for v in raw):
+        raise PlanError(f"The {key} of '{site}' is no list of numbers", fix="Fit the plan again.")
+    values = tuple(float(v) for v in raw)
+    if not all(math.isfinite(v) for v in values):
+        raise PlanError(f"The {key} of '{site}' is not finite", fix="Fit the plan again.")
+    return values
 
 
 def _first_inputs(loader: Iterable[Any]) -> Any:
