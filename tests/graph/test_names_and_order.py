@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from palmette.errors import InputError, PlanError
-from palmette.graph import Plan, collapse, find_sites, linearize, load, save
+from palmette.graph import Plan, capture, collapse, find_sites, linearize, load, save, verify
 from palmette.graph.ops import ChannelAffine
 
 
@@ -168,3 +168,28 @@ def test_a_damaged_file_is_refused(change: Any, message: str, tmp_path: Path) ->
 def test_a_malformed_plan_is_refused(edits: Any) -> None:
     with pytest.raises(PlanError):
         Plan.from_json(json.dumps({"palmette_plan": 1, "edits": edits}))
+
+
+class _TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.b(self.a(x).relu()) * y.mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_verify_takes_pairs_of_inputs_with_and_without_labels(labelled: bool) -> None:
+    net, x = _TwoInputs().eval(), (torch.randn(4, 8), torch.randn(4, 2))
+    plan = Plan([linearize("relu")]).fit(net, [(x, torch.zeros(4))], x)
+    edited = plan.apply(net, x)
+    small, _ = collapse(edited, force=True)
+    seen = verify(edited, small, [(x, torch.zeros(4)) if labelled else x], example_inputs=x)
+    assert seen.exact
+    assert seen.samples == 2 * 4 + 4
+
+
+def test_what_is_no_network_is_refused() -> None:
+    with pytest.raises(InputError, match="function is no network"):
+        capture(lambda x: x, torch.randn(2, 3))  # type: ignore[arg-type]

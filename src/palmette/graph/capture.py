@@ -61,6 +61,8 @@ def capture(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
     """
     if is_captured(model):
         return copy.deepcopy(model)  # type: ignore[return-value]
+    if not isinstance(model, nn.Module):
+        raise InputError(f"A {type(model).__name__} is no network", fix="Pass a trained nn.Module.")
     if not any(True for _ in model.parameters()):
         raise InputError("The model has no parameters", fix="Pass a trained nn.Module.")
     example = with_batch(example_inputs, max(2, batch_size(example_inputs)))

@@ -96,11 +96,25 @@ def split_batch(batch: Any) -> tuple[Any, Any]:
     )
 
 
-def inputs_of(batch: Any) -> Any:
-    """The inputs alone: of a labelled batch as `split_batch` reads it, else the batch itself."""
+def inputs_of(batch: Any, like: Any = None) -> Any:
+    """The inputs alone: of a labelled batch as `split_batch` reads it, else the batch itself.
+
+    `like`: example inputs; a pair of tensors is taken as inputs where these are a pair of such tensors too.
+    """
     if isinstance(batch, Mapping):
         return {k: v for k, v in batch.items() if k not in ("labels", "label")}
-    return split_batch(batch)[0] if isinstance(batch, list | tuple) and len(batch) == 2 else batch
+    if not isinstance(batch, list | tuple) or len(batch) != 2 or _alike(batch, like):
+        return batch
+    return split_batch(batch)[0]
+
+
+def _alike(batch: Any, like: Any) -> bool:
+    """Whether both are pairs whose members have the same nesting and, where tensors, as many axes."""
+    if isinstance(batch, Tensor) or isinstance(like, Tensor):
+        return isinstance(batch, Tensor) and isinstance(like, Tensor) and batch.dim() == like.dim()
+    if isinstance(batch, list | tuple) and isinstance(like, list | tuple):
+        return len(batch) == len(like) and all(_alike(b, e) for b, e in zip(batch, like, strict=True))
+    return type(batch) is type(like)
 
 
 def main_output(output: Any) -> Tensor:

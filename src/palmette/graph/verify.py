@@ -53,13 +53,13 @@ def verify(
 ) -> Verification:
     """Compare both networks in eval mode on `batches` and on noise, at two resolutions where possible.
 
-    `batches`: inputs, or what a loader yields. Both networks stay untouched.
+    `batches`: inputs shaped like `example_inputs`, or what a loader yields. Both networks stay untouched.
     """
     pair = (_eval(edited), _eval(collapsed))
     twins = _twins(*pair)
     device = next((p.device for p in edited.parameters()), torch.device("cpu"))
     trials = [noise_like(example_inputs, seed) for seed in range(random_batches)]
-    trials += [inputs_of(b) for b in batches]
+    trials += [inputs_of(b, example_inputs) for b in batches]
     trials = [to_device(t, device) for t in trials]
     worst, worst64, agree, samples, sizes = 0.0, 0.0, 0, 0, []
     other = resized(trials[0])

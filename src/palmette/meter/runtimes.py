@@ -67,7 +67,14 @@ def onnx_session(graph: bytes, threads: int) -> Any:
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    try:
+        return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's errors share no base class
+        raise ExportError(
+            "ONNX Runtime does not run this network",
+            why=" ".join(str(error).split())[:200],
+            fix="Measure with the runtime 'eager', or use float32.",
+        ) from error
 
 
 def to_onnx(models: list[nn.Module], inputs: Any, *, fast: bool = False) -> list[bytes]:
