@@ -193,3 +193,12 @@ def test_verify_takes_pairs_of_inputs_with_and_without_labels(labelled: bool) ->
 def test_what_is_no_network_is_refused() -> None:
     with pytest.raises(InputError, match="function is no network"):
         capture(lambda x: x, torch.randn(2, 3))  # type: ignore[arg-type]
+
+
+def test_networks_that_give_nothing_finite_are_not_called_equal() -> None:
+    net, x = _Nested().eval(), torch.randn(4, 8)
+    edited = _edit(net, x, ["a.b"])
+    with torch.no_grad():
+        edited.get_submodule("fc.0").bias.fill_(float("nan"))
+    small, _ = collapse(edited, force=True)
+    assert not verify(edited, small, [x], example_inputs=x).exact

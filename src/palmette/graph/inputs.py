@@ -36,7 +36,8 @@ def map_tensors(fn: Callable[[Tensor], Any], inputs: Any) -> Any:
     if isinstance(inputs, Mapping):
         return {k: map_tensors(fn, v) for k, v in inputs.items()}
     if isinstance(inputs, list | tuple):
-        return type(inputs)(map_tensors(fn, v) for v in inputs)
+        mapped = [map_tensors(fn, v) for v in inputs]
+        return mapped if isinstance(inputs, list) else tuple(mapped)
     return inputs
 
 

@@ -113,9 +113,10 @@ def _decisions(network: Any) -> list[dict[str, Any]]:
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:
-    """Relative error max |a - b| / max |a|; infinite if either is not finite where the other is."""
+    """Relative error max |a - b| / max |a|; infinite if nothing is finite, or if what is not finite differs."""
     finite = torch.isfinite(a)
-    if not torch.equal(finite, torch.isfinite(b)):
+    same = torch.equal(finite, torch.isfinite(b)) and torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num())
+    if not same or (a.numel() and not bool(finite.any())):
         return float("inf")
     a, b = a[finite].double(), b[finite].double()
     return float((a - b).abs().max() / a.abs().max().clamp_min(1e-300)) if a.numel() else 0.0
