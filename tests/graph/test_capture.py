@@ -362,3 +362,12 @@ def test_a_model_that_does_not_trace_is_refused_with_the_line() -> None:
 
     with pytest.raises(CaptureError, match=r"test_capture\.py"):
         capture(Branching(), torch.randn(2, 3))
+
+
+def test_a_frozen_batch_norm_stays_frozen() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)).train()
+    model[1].eval()
+    captured = capture(model, torch.randn(2, 3, 5, 5))
+    assert captured.training
+    assert not captured.get_submodule("1").training
+    assert captured.get_submodule("2").training

@@ -378,3 +378,12 @@ def test_verify_reports_both_precisions_and_two_resolutions() -> None:
     with torch.no_grad():
         next(spoilt.parameters()).add_(0.1)
     assert not verify(edited, spoilt, [torch.randn(3, 3, 12, 12)], example_inputs=x).exact
+
+
+def test_a_conv1d_network_is_verified_at_two_lengths() -> None:
+    model = nn.Sequential(nn.Conv1d(3, 8, 3), nn.ReLU(), nn.Conv1d(8, 4, 3)).eval()
+    edited = Plan([linearize("1", fit="identity")]).apply(model, torch.randn(2, 3, 20)).eval()
+    small, _ = collapse(edited, cost="macs", force=True)
+    seen = verify(edited, small, example_inputs=torch.randn(2, 3, 20))
+    assert seen.exact
+    assert seen.resolutions == ["3x20", "3x29"]

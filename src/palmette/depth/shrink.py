@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from palmette.depth.accounts import has_onnx
@@ -186,6 +187,13 @@ def _config(method: Method, config: MethodConfig | None, reproduce: bool) -> Met
 def _captured(model: nn.Module, val: Iterable[Any], example: Example | None) -> tuple[Example, fx.GraphModule]:
     """Example inputs of batch 2 and the captured network in eval mode."""
     inputs = example_from(val) if example is None else with_batch(example, max(2, batch_size(example)))
+    other = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
+    if other:
+        raise InputError(
+            f"the network's weights are {', '.join(str(d).removeprefix('torch.') for d in sorted(other, key=str))}",
+            why="healing, proof and exports are done in float32",
+            fix="Call model.float() first, and cast the result",
+        )
     return inputs, capture(model, inputs).eval()
 
 

@@ -66,7 +66,7 @@ def capture(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
     if not any(True for _ in model.parameters()):
         raise InputError("The model has no parameters", fix="Pass a trained nn.Module.")
     example = with_batch(example_inputs, max(2, batch_size(example_inputs)))
-    training = model.training
+    modes = {path: module.training for path, module in model.named_modules()}
     source = copy.deepcopy(model).eval()
     try:
         with _slow_attention():
@@ -86,7 +86,8 @@ def capture(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
     except Exception as error:
         raise _explain(error, model) from error
     gm.meta["palmette"] = {"inputs": describe(example), "range": str(program.range_constraints), "lost": lost}
-    gm.train(training)
+    for path, module in gm.named_modules():  # a batch norm that the user froze stays frozen
+        module.training = modes.get(path, model.training)
     return gm
 
 

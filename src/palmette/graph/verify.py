@@ -113,7 +113,7 @@ def _decisions(network: Any) -> list[dict[str, Any]]:
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:
-    """Relative error max |a - b| / max |a|; infinite if nothing is finite, or if what is not finite differs."""
+    """Largest |a - b| / max |a|; infinite if nothing is finite, or if what is not finite differs."""
     finite = torch.isfinite(a)
     same = torch.equal(finite, torch.isfinite(b)) and torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num())
     if not same or (a.numel() and not bool(finite.any())):
@@ -150,11 +150,11 @@ def noise_like(example: Any, seed: int) -> Any:
 
 def resized(inputs: Any) -> Any:
     """The same inputs at another, odd resolution, None where no input has spatial axes."""
-    if not any(t.dim() >= 4 and t.is_floating_point() for t in tensors(inputs)):
+    if not any(t.dim() >= 3 and t.is_floating_point() for t in tensors(inputs)):
         return None
 
     def grow(t: Tensor) -> Tensor:
-        if t.dim() < 4 or not t.is_floating_point():
+        if t.dim() < 3 or not t.is_floating_point():
             return t
         size = [s + 9 if s % 2 == 0 else s + 8 for s in t.shape[2:]]
         return torch.nn.functional.interpolate(t, size=size)

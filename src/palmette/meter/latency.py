@@ -29,6 +29,10 @@ _FEWEST_SAMPLES = 7
 """Medians and quartiles of fewer samples mean little; a budget of time does not go below."""
 
 
+MOST_THREADS = 1024
+"""More threads than any machine has cores: torch crashes on absurd numbers."""
+
+
 @dataclass(frozen=True)
 class Latency:
     """Milliseconds of one eval forward pass: median and quartiles over `runs` samples, and what ran on what."""
@@ -80,6 +84,8 @@ def measure_latency(
     device = _device(models)
     inputs = to_device(inputs, device)
     count = torch.get_num_threads() if threads is None else threads
+    if count > MOST_THREADS:
+        raise InputError(f"{count} threads are more than {MOST_THREADS}", fix="Give at most the number of cores.")
     sync = torch.cuda.synchronize if device.type == "cuda" and runtime == "eager" else None
     with evaluating(*models.values()), _threads(count):
         passes = runners(models, inputs, runtime, count, fast=fast)
