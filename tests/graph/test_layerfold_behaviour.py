@@ -1,7 +1,7 @@
 """The cases on which a published merging library is wrong or gives up: ours are exact, or refused with a reason.
 
 LayerFold crops the composed kernel, counts biases once per tap, ignores the second stride, and finds sites by names and
-positions (spec depth 8.7).
+positions.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Exact algebra of affine maps: convolutions of any rank, linears (rank 0) and per-channel maps, composed in float64.
 
 A map is y = conv(pad(x), weight) + bias. `edge` says that the last input channel is a constant one: the map then sees
-where zero padding begins, which keeps a bias in front of a padded convolution exact (spec depth 9.2, policy bias_map).
-Composition: spec depth 9.1; exactness: 9.2.
+where zero padding begins, which keeps a bias in front of a padded convolution exact (policy bias_map).
 """
 
 from __future__ import annotations
@@ -83,7 +82,7 @@ def padded_before(a: Affine, before: tuple[int, ...], after: tuple[int, ...]) ->
 
 
 def inexact_reason(first: Affine, second: Affine) -> str:
-    """Why second(first(x)) is not one affine map of x, "" if it is exactly one (spec 9.2).
+    """Why second(first(x)) is not one affine map of x, "" if it is exactly one.
 
     Maps on the meta device are judged by shape.
     """
@@ -153,7 +152,7 @@ def compose(first: Affine, second: Affine) -> Affine:
 def _products(
     a: Affine, b: Affine, groups: int, kernel: list[int], reach_a: list[int], reach_b: list[int]
 ) -> tuple[Tensor, Tensor]:
-    """Weight and bias of b(a(x)): every tap of b shifts the kernel of a (spec 9.1)."""
+    """Weight and bias of b(a(x)): every tap of b shifts the kernel of a."""
     rank, o, i = a.rank, b.out_channels // groups, a.weight.shape[1]
     wa = a.weight.view(groups, -1, i, *a.kernel)  # [G, M/G, I/G, *ka]
     wb = b.weight.view(groups, o, -1, *b.kernel)  # [G, O/G, M/G, *kb]
@@ -193,7 +192,7 @@ def skip_reason(a: Affine) -> str:
 
 
 def plus_skip(a: Affine) -> Affine:
-    """The map x + a(x): the identity kernel added at the centre tap (spec 9.4)."""
+    """The map x + a(x): the identity kernel added at the centre tap."""
     weight = a.weight.clone()
     centre = tuple(a.before[d] // a.dilation[d] for d in range(a.rank))
     per = a.out_channels // a.groups

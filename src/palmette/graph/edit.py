@@ -105,7 +105,7 @@ def _drop(gm: fx.GraphModule, edit: Edit) -> None:
 
 
 def repad(gm: fx.GraphModule) -> None:
-    """Move the zero padding of every run joined by linearised activations to its first operation (spec depth 9.2)."""
+    """Move the zero padding of every run joined by linearised activations to its first operation."""
     reader = Reader(gm)
     for path in reader.paths():
         for run in linear_runs(path):

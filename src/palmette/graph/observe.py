@@ -111,7 +111,7 @@ class Moments:
         self.count += z.shape[0]
 
     def affine(self) -> tuple[Tensor, Tensor]:
-        """Least-squares slope and offset [C] of y = slope * z + offset (spec depth 13.11); slope 0 for a constant z."""
+        """Least-squares slope and offset [C] of y = slope * z + offset; slope 0 for a constant z."""
         z, y, zz, zy, _ = self._means()
         variance = (zz - z * z).clamp_min(0)
         steady = variance <= 1e-12 * (zz + 1e-300)
@@ -121,7 +121,7 @@ class Moments:
         return slope, y - slope * z
 
     def mask(self) -> tuple[Tensor, Tensor]:
-        """Slope 1 where the channel is mostly on (mean z > 0), else 0; no offset (spec depth 5)."""
+        """Slope 1 where the channel is mostly on (mean z > 0), else 0; no offset."""
         z = self._means()[0]
         return (z > 0).double(), torch.zeros_like(z)
 

@@ -144,9 +144,9 @@ class Plan:
         """An edited, trainable copy of `model`.
 
         `pad` says what happens to zero padding between operations that are to be merged: "repad" moves it to the first
-        of them (which changes the function now, before healing), "exact" and "bias_map" keep the function (spec depth
-        9.2). Raises PlanError if the plan is not fitted or names unknown sites, RefusedEdit with the reason for an edit
-        that cannot be done.
+        of them (which changes the function now, before healing), "exact" and "bias_map" keep the function.
+        Raises PlanError if the plan is not fitted or names unknown sites, RefusedEdit with the reason for an edit that
+        cannot be done.
         """
         if pad not in POLICIES:
             raise PlanError(f"Unknown padding policy '{pad}'", fix=f"Use one of {', '.join(POLICIES)}.")

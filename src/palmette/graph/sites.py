@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from palmette.meter.table import CostTable
 
 POLICIES = ("repad", "exact", "bias_map")
-"""What may be done about zero padding between merged convolutions (spec depth 9.2)."""
+"""What may be done about zero padding between merged convolutions."""
 
 
 @dataclass(frozen=True)
