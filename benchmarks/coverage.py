@@ -261,6 +261,11 @@ def run_isolated(key: str, *, seconds: float, gibibytes: float) -> dict[str, Any
     return {"family": key, "passed": False, "failures": [f"crashed: {tail[0]}"]}
 
 
+def _rounding(row: dict[str, Any]) -> str:
+    found = [p["rounding"] for p in row.get("plans", []) if "rounding" in p]
+    return f"{max(found):.1e}" if found else "-"
+
+
 def format_table(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table, failures below it."""
     head = "| family | input | passes | activations | blocks | merged | dropped | float64 | float32 | (rounding) | s |"
@@ -276,7 +281,7 @@ def format_table(rows: list[dict[str, Any]]) -> str:
             str(row.get("drops", 0)),
             f"{row.get('worst_float64') or 0:.1e}",
             f"{row.get('worst_float32') or 0:.1e}",
-            f"{max((p.get('rounding', 0.0) for p in row.get('plans', [])), default=0.0):.1e}",
+            _rounding(row),
             str(row.get("seconds", "")),
         ]
         lines.append("| " + " | ".join(cells) + " |")
