@@ -114,6 +114,10 @@ def test_methods_are_listed(capsys) -> None:
 def test_sites_and_measure(source, capsys) -> None:
     assert run("sites", "-m", f"{source}:net", "-d", f"{source}:data") == 0
     assert "relu" in capsys.readouterr().out
+    assert run("sites", "-m", "torchvision:resnet18", "--image-size", "32") == 0
+    printed = capsys.readouterr().out
+    assert "\n1: nothing mergeable: 'max_pool2d' reads it" in printed
+    assert "merging would not save MACs" in printed
     assert run("measure", "-m", f"{source}:net", "-d", f"{source}:data") == 0
     assert "parameters" in capsys.readouterr().out
 
@@ -151,6 +155,8 @@ def test_report_is_drawn_again(finished, capsys) -> None:
     report.unlink()
     assert run("report", finished) == 0
     assert report.stat().st_size > 1000
+    assert run("report", finished / "nowhere") == 2
+    _one_line(capsys.readouterr().err, "no such run folder")
 
 
 def test_collapse_and_export(source, finished, tmp_path, capsys) -> None:
@@ -162,13 +168,30 @@ def test_collapse_and_export(source, finished, tmp_path, capsys) -> None:
     assert program(torch.randn(3, 8)).shape == (3, 2)
 
 
+def test_random_weights_are_said_to_be_random(tmp_path, capsys) -> None:
+    out = ("--out", tmp_path / "mlp.pt2")
+    assert run("export", "-m", "palmette:mlp", "-d", "digits", *out) == 0
+    assert "palmette:mlp has random weights" in capsys.readouterr().out
+    save_file(build("mlp").state_dict(), tmp_path / "mlp.safetensors")
+    weights = tmp_path / "mlp.safetensors"
+    assert run("export", "-m", "palmette:mlp", "--image-size", "8", "-w", weights, *out) in (0, 2)
+    assert "random weights" not in capsys.readouterr().out
+
+
+def test_defaults_of_healing_are_what_the_help_says() -> None:
+    from palmette.train.loop import HealConfig
+
+    config = HealConfig()
+    assert (config.epochs, config.lr, config.optimizer, config.distill) == (5, 0.01, "sgd", 0.0)
+
+
 def test_dry_run_writes_nothing(source, tmp_path, capsys) -> None:
     folder = tmp_path / "run"
     assert (
         run("shrink", "-m", f"{source}:net", "-d", f"{source}:data", "--run", folder, "--cost", "macs", "--dry-run")
         == 0
     )
-    assert "candidates pay" in capsys.readouterr().out
+    assert "1 candidate pays; healing 1 round takes" in capsys.readouterr().out
     assert not folder.exists()
 
 

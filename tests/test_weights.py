@@ -79,6 +79,14 @@ def test_half_precision_weights_become_the_models(tmp_path, source):
     assert torch.equal(model[0].weight, source[0].weight.half().float())
 
 
+def test_a_prefix_is_named(tmp_path, source):
+    file = tmp_path / "w.safetensors"
+    save_file({f"net.{name}": tensor for name, tensor in state(source).items()}, file)
+    refuse(file, net(), "Take 'net.' off the names in the file")
+    save_file(state(source), file)
+    refuse(file, nn.ModuleDict({"net": net()}), "Put 'net.' before the names in the file")
+
+
 def test_missing_file(tmp_path):
     refuse(tmp_path / "none.safetensors", net(), "no such weights file")
     refuse(tmp_path, net(), "no such weights file")
@@ -99,6 +107,12 @@ def test_files_of_another_kind(tmp_path, name):
     file = tmp_path / name
     file.write_text("these are notes about weights, not weights")
     refuse(file, net(), "truncated or no")
+
+
+def test_words_of_the_reader_that_mean_nothing_are_left_out(tmp_path):
+    file = tmp_path / "w.pt"
+    file.write_text("hello")
+    refuse(file, net(), r"no weights file \(at [^)]*\)$")
 
 
 class Trap:

@@ -75,7 +75,8 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
             fix="Save model.state_dict() with safetensors.torch.save_file, or with torch.save, and use that file",
         ) from error
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
-        raise InputError(damaged, where=str(path), why=_line(error)) from error
+        why = _line(error) if _looks_pickled(path) else None  # of other files the reader's words mean nothing
+        raise InputError(damaged, where=str(path), why=why) from error
     return _state_dict(content, path)
 
 
@@ -124,10 +125,24 @@ def _check_names(found: Mapping[str, Tensor], own: Mapping[str, Tensor], path: P
         sides.append(f"{len(missing)} of the model's tensors are not in the file ({_some(missing)})")
     if unexpected:
         sides.append(f"{len(unexpected)} of the file's are not in the model ({_some(unexpected)})")
-    fix = (
-        "The file holds a shrunk network: rebuild it with palmette.load(source_model, file)" if _is_ours(path) else None
-    )
+    fix = _prefix(missing, unexpected)
+    if _is_ours(path):
+        fix = "The file holds a shrunk network: rebuild it with palmette.load(source_model, file)"
     raise InputError("weights do not fit the model", where=str(path), why="; ".join(sides), fix=fix)
+
+
+def _prefix(missing: Sequence[str], unexpected: Sequence[str]) -> str | None:
+    """What to do when one side's names are the other's behind a prefix, as wrappers around a model leave them."""
+    for longer, shorter, fix in (
+        (unexpected, missing, "Take {!r} off the names in the file"),
+        (missing, unexpected, "Put {!r} before the names in the file"),
+    ):
+        names = [name for name in shorter if not name.endswith("num_batches_tracked")]
+        for name in (n for n in longer if names and n.endswith(f".{names[0]}")):
+            prefix = name.removesuffix(names[0])
+            if {prefix + other for other in names} <= set(longer):
+                return fix.format(prefix)
+    return None
 
 
 def _check_tensors(found: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Path) -> None:

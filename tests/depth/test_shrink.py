@@ -178,6 +178,42 @@ def test_protected_sites_stay(trained, blobs, quick) -> None:
     assert len(result.plan) == 1
 
 
+def test_all_sites_below_a_protected_path_stay(trained, blobs, quick) -> None:
+    result = _run(trained, blobs, quick, protect=["1", "2"], rounds=None)
+    assert [edit.site for edit in result.plan] == ["3.mlp.1"]
+
+
+def test_a_result_prints_dense_beside_shrunk(whole) -> None:
+    result, _ = whole
+    lines = str(result).splitlines()
+    assert lines[0].split()[:2] == ["dense", "shrunk"]
+    macs = next(line.split() for line in lines if line.startswith("MACs"))
+    assert macs[1:3] == [f"{result.dense_cost['macs']:,}", f"{result.cost['macs']:,}"]
+    assert lines[-1] == result.message
+
+
+def test_rounds_are_said_as_they_are_reported(trained, blobs, quick, tmp_path, monkeypatch) -> None:
+    said: list[str] = []
+    _scripted(monkeypatch, 0.95, 0.2)
+    result = _run(trained, blobs, quick, max_drop=1.0, say=said.append, run_dir=tmp_path / "run")
+    assert said[0] == "dense network: 90.00 % on 120 validation samples"
+    assert said[1].startswith("round 1: without ")
+    assert said[1].endswith("accepted, 5.00 points gained, 1 allowed")
+    assert said[2].endswith("missed, 70.00 points lost, 1 allowed")
+    assert "limit of 2 rounds was reached" in result.message
+    command = json.loads((tmp_path / "run" / "figures.json").read_text())["command"]
+    assert command.startswith(
+        "palmette.shrink(model, train_loader, val_loader, method='easier', max_drop=1.0, rounds=2"
+    )
+    assert "heal=HealConfig(epochs=1)" in command
+
+
+def test_a_limit_of_rounds_is_not_the_reason_for_removing_nothing(trained, blobs, quick, monkeypatch) -> None:
+    _scripted(monkeypatch, 0.2)
+    result = _run(trained, blobs, quick, max_drop=0.5, rounds=1)
+    assert result.message.startswith("Nothing was removed: no round stayed within 0.5 points, and the limit of 1 round")
+
+
 def test_blocks_are_dropped(trained, blobs, quick) -> None:
     result = _run(trained, blobs, quick, method="block_influence", rounds=1)
     assert [edit.kind for edit in result.plan] == ["drop"]

@@ -54,7 +54,7 @@ def rounds() -> list[dict[str, Any]]:
             "macs": int(94_200_000 * (1 - 0.055 * (i + 1))),
             "latency_ms": 3.42 * (1 - 0.048 * (i + 1)),
             "accepted": right >= 4690,
-            "reason": f"{(4715 - right) / 50:+.2f} points lost, 0.5 allowed",
+            "reason": f"{(4715 - right) / 50:.2f} points lost, 0.5 allowed",
         }
         for i, (k, right) in enumerate(zip((4, 7, 9, 2, 5, 11, 8), correct, strict=True))
     ]

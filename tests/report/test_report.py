@@ -377,6 +377,7 @@ def test_truncated_figures(tmp_path: Path) -> None:
         (words.error(0.0), "0"),
         (words.error(math.inf), "not finite"),
         (words.score(0.00012), "1.2e\u221204"),
+        (words.typeset("lost -1.5 [-2.0, +1] at 1e-07"), "lost \u22121.5 [\u22122.0, +1] at 1e-07"),
         (words.plural(1, "block"), "1 block"),
         (words.plural(1200, "block"), "1,200 blocks"),
     ],

@@ -11,7 +11,13 @@ from palmette.cli import options as opt
 from palmette.cli import tables
 
 SavedFile = Annotated[
-    Path | None, typer.Option("--saved", "-s", metavar="FILE", help="model.safetensors of a run of this model.")
+    Path | None,
+    typer.Option(
+        "--saved",
+        "-s",
+        metavar="FILE",
+        help="model.safetensors of a run of this model, or what palmette collapse wrote.",
+    ),
 ]
 
 
@@ -32,6 +38,8 @@ def collapse(
 ) -> None:
     """Apply a plan to a network, merge what it made linear, verify, and save the smaller network.
 
+    Nothing is trained: the network that a run healed is in its model.safetensors.
+
     Example: palmette collapse -m palmette:mlp -w dense.safetensors -d digits --plan runs/first/plan.json
     """
     from palmette.errors import VerifyError
@@ -40,6 +48,7 @@ def collapse(
     from palmette.graph import collapse as collapse_network
 
     network, example = opt.load_model(model, weights, data, image_size, classes, trust)
+    opt.warn_of_random_weights(model, weights)
     edits = Plan.from_json(read_bytes(plan).decode("utf-8", errors="replace"))
     edited = edits.apply(network, example, pad=pad).eval()
     small, record = collapse_network(edited, cost=cost, force=force)
@@ -51,7 +60,11 @@ def collapse(
         for m in record.merges
     ]
     save(small, out, source=network)
-    tables.console.print(tables.plain("Merges", ("members", "exactness", "MACs before", "MACs after", "result"), rows))
+    columns = ("members", "exactness", "MACs before", "MACs after", "result")
+    if rows:
+        tables.console.print(tables.plain("Merges", columns, rows, right=("MACs before", "MACs after")))
+    else:
+        tables.say("There is nothing to merge")
     tables.say(f"Largest relative output error {seen.max_relative_error:.1e}. Written: {out}")
 
 
@@ -69,13 +82,17 @@ def export(
 ) -> None:
     """Write a network for a runtime and check that the runtime agrees.
 
+    Give --saved for the network of a run, or --weights for a network as it is.
+
     Example: palmette export -m palmette:mlp -d digits --saved runs/first/model.safetensors -o small.onnx
     """
     from palmette.deploy import export as export_network
     from palmette.graph import load
 
     network, example = opt.load_model(model, weights, data, image_size, classes, trust)
-    if saved is not None:
+    if saved is None:
+        opt.warn_of_random_weights(model, weights)
+    else:
         network = load(network, saved)
     tables.say(f"{out}: {export_network(network.eval(), example, out)}")
 

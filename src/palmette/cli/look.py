@@ -20,25 +20,33 @@ def sites(
 ) -> None:
     """List the places where a network can be changed, and what each would save.
 
+    The column merge says whether what is left merges exactly as it is, or by which padding policy (see --pad of
+    palmette shrink). MACs saved counts together what pays only together.
+
     Example: palmette sites -m timm:mobilenetv2_100 --image-size 96
     """
-    from palmette.graph import find_sites
+    from palmette.graph import candidates, capture, find_sites
 
     network, example = opt.load_model(model, weights, data, image_size, classes, trust)
-    rows = [
-        (
-            site.kind,
-            site.path,
-            site.op,
-            site.exactness,
-            f"{site.macs_saved:,}",
-            "yes" if site.removable else site.reason,
-        )
-        for site in find_sites(network, example)
-    ]
-    tables.console.print(
-        tables.plain("Sites", ("kind", "path", "operation", "exactness", "MACs saved", "removable"), rows)
-    )
+    captured = capture(network, example)
+    kept = {
+        (site.kind, site.path): candidate.reason
+        for kind in ("activation", "block")
+        for candidate in candidates(captured, example, kind=kind)
+        for site in candidate.sites
+        if not candidate.pays
+    }
+    rows: list[tuple[str, ...]] = []
+    reasons: list[str] = []
+    for site in find_sites(network, example):
+        reason = kept.get((site.kind, site.path), site.reason)
+        reasons += [reason] if reason and reason not in reasons else []
+        worth = f"no: {reasons.index(reason) + 1}" if reason else "yes"
+        rows.append((site.kind, site.path, site.op, site.exactness, f"{site.macs_saved:,}", worth))
+    columns = ("kind", "path", "operation", "merge", "MACs saved", "removable")
+    tables.console.print(tables.plain("Sites", columns, rows, right=("MACs saved",)))
+    for number, reason in enumerate(reasons, start=1):
+        tables.say(f"{number}: {reason}")
 
 
 def measure(
@@ -71,5 +79,8 @@ def methods() -> None:
     """
     from palmette.registry import methods as registered
 
-    rows = [(m.name, m.sites, m.unit, f"{m.title}. {m.paper}") for m in registered()]
+    rows = [
+        (m.name, m.sites, m.unit, m.title if m.paper.startswith("none") else f"{m.title}. {m.paper}")
+        for m in registered()
+    ]
     tables.console.print(tables.plain("Methods", ("name", "ranks", "unit of score", "what it does; paper"), rows))

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from palmette.cli import tables
+
 if TYPE_CHECKING:
     from palmette.resolve import Data, ResolvedModel
 
@@ -31,16 +33,17 @@ DataSpec = Annotated[
         "-d",
         metavar="SPEC",
         show_default=False,
-        help="digits, cifar10:DIR, fashion-mnist:DIR, imagefolder:DIR, or path/file.py:function.",
+        help="digits, cifar10:DIR, fashion-mnist:DIR, imagefolder:DIR, each with options such as ?size=96&norm=half "
+        "behind it (in quotes), or path/file.py:function.",
     ),
 ]
 OptionalData = Annotated[
     str | None,
     typer.Option(
-        "--data", "-d", metavar="SPEC", help="Data whose images show the input's shape; see palmette shrink --help."
+        "--data", "-d", metavar="SPEC", help="Data that shows the shape of the input; see palmette shrink --help."
     ),
 ]
-ImageSize = Annotated[int | None, typer.Option("--image-size", min=1, help="Resize images to this many pixels.")]
+ImageSize = Annotated[int | None, typer.Option("--image-size", min=1, help="Images of N times N pixels.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Samples per batch.")]
 Classes = Annotated[int | None, typer.Option("--classes", min=1, help="Number of classes, where no data tells it.")]
 Trust = Annotated[
@@ -75,6 +78,12 @@ def load_model(
     if resolved.example_inputs is None:
         raise InputError("the shape of the model's input is not known", fix="Add --data SPEC or --image-size PIXELS")
     return resolved.model, resolved.example_inputs
+
+
+def warn_of_random_weights(model: str, weights: Path | None) -> None:
+    """Say so when nothing gives the network its weights: names of libraries stand for architectures."""
+    if weights is None and model.startswith(("palmette:", "timm:", "torchvision:")):
+        tables.say(f"Note: {model} has random weights, because no --weights FILE was given")
 
 
 def heal_config(**given: Any) -> Any:

@@ -38,14 +38,17 @@ def shrink(
     step: Annotated[int, typer.Option(help="Candidates removed per round.")] = 1,
     patience: Annotated[int, typer.Option(help="Rounds in a row that may miss before the end.")] = 2,
     protect: Annotated[
-        list[str] | None, typer.Option(metavar="PATH", help="A site to leave alone; may be repeated.")
+        list[str] | None,
+        typer.Option(metavar="PATH", help="Leave the site, or all sites below this path, alone; may be repeated."),
     ] = None,
-    pad: Annotated[str | None, typer.Option(help="Borders of merged convolutions: repad, exact or bias_map.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Healing epochs per round.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Healing learning rate.")] = None,
-    optimizer: Annotated[str | None, typer.Option(help="Healing optimizer: sgd or adamw.")] = None,
+    pad: Annotated[
+        str | None, typer.Option(help="Borders of merged convolutions: repad (if not given), exact or bias_map.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Healing epochs per round; 5 if not given.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Healing learning rate; 0.01 if not given.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="Healing optimizer: sgd (if not given) or adamw.")] = None,
     distill: Annotated[
-        float | None, typer.Option(help="Weight of distillation from the dense network, 0 to 1.")
+        float | None, typer.Option(help="Weight of distillation from the dense network, 0 (if not given) to 1.")
     ] = None,
     calibration_batches: Annotated[int, typer.Option(help="Batches for scores and fits.")] = 32,
     controls: Annotated[bool, typer.Option(help="Also train dense + same training and random removal.")] = True,
@@ -68,6 +71,7 @@ def shrink(
     heal = opt.heal_config(epochs=epochs, lr=lr, optimizer=optimizer, distill=distill)
     check_request(method, reproduce=reproduce, max_drop=max_drop, target_latency=target_latency)
     resolved, found = opt.load_pair(model, weights, data, image_size, batch_size, seed, trust)
+    opt.warn_of_random_weights(model, weights)
     result = shrink_network(
         resolved.model,
         found.train,
@@ -118,10 +122,12 @@ def show(result: ShrinkResult, method: str) -> None:
     from palmette.registry import get_method
 
     if result.expected_seconds is not None:
-        tables.console.print(tables.ranking(result.ranking, get_method(method).unit))
+        if result.ranking:
+            tables.console.print(tables.ranking(result.ranking, get_method(method).unit))
         tables.say(result.message)
         return
     tables.console.print(tables.accounting(result.rows, result.split))
+    tables.console.print()
     for line in tables.measured_on(result.rows):
         tables.say(line)
     if result.verification is not None:

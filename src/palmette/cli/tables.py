@@ -18,8 +18,11 @@ def say(text: str) -> None:
 
 
 def accounting(rows: list[dict[str, Any]], split: str) -> Table:
-    """The accounting table: one column per network, one line per quantity, units in the first column."""
-    table = Table(title=f"What it costs and what it keeps ({split} data)", title_justify="left", box=SIMPLE_HEAD)
+    """The accounting table: one column per network, one line per quantity, units in the first column.
+
+    Counts have three digits, so that four networks fit on 80 columns; figures.json has all of them.
+    """
+    table = _table(f"What it costs and what it keeps ({split} data)")
     table.add_column("", no_wrap=True)
     for row in rows:
         table.add_column(row["name"], justify="right")
@@ -29,19 +32,21 @@ def accounting(rows: list[dict[str, Any]], split: str) -> Table:
 
 
 def _lines(first: dict[str, Any]) -> list[tuple[str, Callable[[dict[str, Any]], str]]]:
+    from palmette.report.words import count, size
+
     lines: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
-        ("activations linearised", lambda row: str(row["linearized"])),
-        ("blocks dropped", lambda row: str(row["dropped"])),
-        ("depth, parametric ops", lambda row: str(row["depth"])),
-        ("MACs", lambda row: f"{row['macs']:,}"),
-        ("parameters", lambda row: f"{row['params']:,}"),
-        ("peak memory, KiB", lambda row: f"{row['peak_bytes'] / 1024:,.1f}"),
+        ("linearised", lambda row: str(row["linearized"])),
+        ("dropped", lambda row: str(row["dropped"])),
+        ("depth", lambda row: str(row["depth"])),
+        ("MACs", lambda row: count(row["macs"])),
+        ("parameters", lambda row: count(row["params"])),
+        ("peak memory", lambda row: size(row["peak_bytes"])),
     ]
     for index, latency in enumerate(first["latency"]):
         label = f"{latency['runtime']}, ms"
         lines.append((label, lambda row, i=index: f"{row['latency'][i]['median_ms']:.3f}"))  # type: ignore[misc]
     lines.append(("top-1, %", lambda row: f"{100 * row['accuracy']:.2f}"))
-    lines.append(("  95 % interval", lambda row: f"{100 * row['interval'][0]:.1f} to {100 * row['interval'][1]:.1f}"))
+    lines.append(("  95 % interval", lambda row: f"[{100 * row['interval'][0]:.1f}, {100 * row['interval'][1]:.1f}]"))
     lines.append(("  samples", lambda row: str(row["n"])))
     lines.append(("points against dense", lambda row: f"{row['difference'][0]:+.2f}" if row["difference"] else ""))
     lines.append(("  95 % interval", _difference_interval))
@@ -49,7 +54,7 @@ def _lines(first: dict[str, Any]) -> list[tuple[str, Callable[[dict[str, Any]], 
 
 
 def _difference_interval(row: dict[str, Any]) -> str:
-    return f"{row['difference'][1]:+.1f} to {row['difference'][2]:+.1f}" if row["difference"] else ""
+    return f"[{row['difference'][1]:+.1f}, {row['difference'][2]:+.1f}]" if row["difference"] else ""
 
 
 def measured_on(rows: list[dict[str, Any]]) -> list[str]:
@@ -63,7 +68,7 @@ def measured_on(rows: list[dict[str, Any]]) -> list[str]:
 
 def ranking(rows: Sequence[dict[str, Any]], unit: str) -> Table:
     """The ranking of candidates, first to be removed on top."""
-    table = Table(title="Candidates, first to be removed on top", title_justify="left")
+    table = _table("Candidates, first to be removed on top")
     table.add_column("candidate", overflow="fold")
     table.add_column(f"score, {unit}", justify="right")
     table.add_column("MACs saved", justify="right")
@@ -74,11 +79,11 @@ def ranking(rows: Sequence[dict[str, Any]], unit: str) -> Table:
     return table
 
 
-def plain(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A table of text, left-aligned."""
-    table = Table(title=title, title_justify="left")
+def plain(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> Table:
+    """A table of text, left-aligned except for the columns named in `right`."""
+    table = _table(title)
     for index, column in enumerate(columns):
-        table.add_column(column, overflow="fold", no_wrap=index == 0)
+        table.add_column(column, overflow="fold", no_wrap=index == 0, justify="right" if column in right else "left")
     for row in rows:
         table.add_row(*row)
     return table
@@ -86,5 +91,15 @@ def plain(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 def parity(seen: dict[str, Any]) -> str:
     """One line on how closely a runtime follows the network."""
-    snr = "no difference" if seen["snr_db"] is None else f"SNR {seen['snr_db']:.1f} dB"
-    return f"{seen['runtime']} agrees to {seen['relative_error']:.1e} relative, {snr}, {seen['samples']} samples"
+    where = f"{seen['runtime']} agrees on {seen['samples']} samples"
+    if seen["relative_error"] == 0:
+        return f"{where}, bit for bit"
+    snr = "" if seen["snr_db"] is None else f", SNR {seen['snr_db']:.1f} dB"
+    return f"{where}: largest relative error {seen['relative_error']:.1e}{snr}"
+
+
+def _table(title: str) -> Table:
+    """A table without a frame; long words are broken only where nothing else fits."""
+    return Table(
+        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_edge=False, pad_edge=False
+    )

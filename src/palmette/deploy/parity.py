@@ -55,12 +55,10 @@ class Parity:
 
     def __str__(self) -> str:
         top1 = "" if self.top1_agreement is None else f", top-1 agreement {100 * self.top1_agreement:.2f} %"
-        snr = f"{self.snr_db:.1f} dB" if math.isfinite(self.snr_db) else "no difference"
+        snr = f", SNR {self.snr_db:.1f} dB" if math.isfinite(self.snr_db) else ""
+        error = f"max relative error {self.relative_error:.1e}{snr}" if self.relative_error else "no difference"
         sizes = ", ".join(map(str, self.batches))
-        return (
-            f"{self.runtime}: max relative error {self.relative_error:.1e}, SNR {snr}{top1} "
-            f"({self.samples} samples, batch sizes {sizes})"
-        )
+        return f"{self.runtime}: {error}{top1} ({self.samples} samples, batch sizes {sizes})"
 
 
 def random_like(inputs: Example, seed: int) -> Any:

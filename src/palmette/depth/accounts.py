@@ -85,6 +85,21 @@ def _latencies(session: Session, rows: list[Contender]) -> dict[str, list[dict[s
     return found
 
 
+def side_by_side(rows: list[dict[str, Any]], split: str) -> str:
+    """The rows as text: one column per network, one line per quantity."""
+    lines = [["", *(row["name"] for row in rows)]]
+    for label, key in (("depth", "depth"), ("MACs", "macs"), ("parameters", "params"), ("peak bytes", "peak_bytes")):
+        lines.append([label, *(f"{row[key]:,}" for row in rows)])
+    for index, clock in enumerate(rows[0]["latency"]):
+        lines.append([f"{clock['runtime']}, ms", *(f"{row['latency'][index]['median_ms']:.3f}" for row in rows)])
+    lines.append([f"accuracy ({split}), %", *(f"{100 * row['accuracy']:.2f}" for row in rows)])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])
+        for line in lines
+    )
+
+
 def runtimes() -> tuple[str, ...]:
     """The runtimes that can be timed here: eager, and ONNX Runtime where it is installed."""
     return ("eager", "onnxruntime") if has_onnx() else ("eager",)

@@ -106,7 +106,7 @@ def search(session: Session, baseline: dict[str, Any], say: Callable[[str], None
     patience = 1 if settings.reproduce else settings.patience
     branch, found, winner, misses = Branch(session, "shrink"), list[Round](), -1, 0
     scores: tuple[dict[str, Any], ...] = ()
-    number, ended = 0, "all rounds are done"
+    number, ended = 0, f"the limit of {_rounds(settings.rounds or 0)} was reached"
     while settings.rounds is None or number < settings.rounds:
         choice = branch.choose(number, rank(session, branch))
         if choice is None:
@@ -121,9 +121,11 @@ def search(session: Session, baseline: dict[str, Any], say: Callable[[str], None
             ended = f"the target of {goal:.3g} ms is reached: {entry.latency_ms:.3g} ms"
             break
         if misses >= patience:
-            ended = f"{misses} round{'s' if misses > 1 else ''} in a row lost more than {settings.max_drop:g} points"
+            ended = f"{_rounds(misses)} in a row lost more than {_points(settings.max_drop)}"
             break
         number += 1
+    if found and winner < 0 and misses < patience:
+        ended = f"no round stayed within {_points(settings.max_drop)}, and {ended}"
     return Search(branch=branch, rounds=tuple(found), winner=winner, first_scores=scores, ended=ended)
 
 
@@ -145,7 +147,7 @@ def _round(session: Session, branch: Branch, number: int, choice: Choice, baseli
         macs=cost["macs"],
         latency_ms=cost["latency_ms"],
         accepted=accepted,
-        reason=f"{drop:+.2f} points lost, {session.settings.max_drop:g} allowed",
+        reason=f"{abs(drop):.2f} points {'gained' if drop < 0 else 'lost'}, {session.settings.max_drop:g} allowed",
     )
 
 
@@ -153,7 +155,15 @@ def _line(entry: Round, session: Session) -> str:
     clock = "" if entry.latency_ms is None else f", {entry.latency_ms:.3g} ms ({session.table.runtime})"
     verdict = "accepted" if entry.accepted else "missed"
     accuracy = f"{100 * entry.val_accuracy:.2f} % on validation"
-    return f"round {entry.round}: {entry.candidate}: {accuracy}{clock}: {verdict}, {entry.reason}"
+    return f"round {entry.round + 1}: without {entry.candidate}: {accuracy}{clock}: {verdict}, {entry.reason}"
+
+
+def _rounds(number: int) -> str:
+    return f"{number} round{'' if number == 1 else 's'}"
+
+
+def _points(number: float) -> str:
+    return f"{number:g} point{'' if number == 1 else 's'}"
 
 
 def summary(seen: Evaluation) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from palmette.errors import DataError, InputError
 from palmette.graph import Candidate, Edit, Site, candidates, drop, find_sites, linearize
+from palmette.graph.candidates import is_protected
 from palmette.graph.inputs import Example, split_batch, with_batch
 from palmette.meter.table import CostTable
 from palmette.registry import Bounds, Method, MethodConfig
@@ -99,7 +100,7 @@ class Session:
         return [candidate for candidate in found if candidate.pays]
 
     def _open(self, site: Site, kind: str) -> bool:
-        return site.kind == kind and site.path not in self.protect
+        return site.kind == kind and not is_protected(site.path, self.protect)
 
     def edits(self, candidate: Candidate) -> list[Edit]:
         """The method's edit for every site of a candidate: drop for blocks, linearize for activations."""
@@ -140,11 +141,11 @@ def example_from(loader: Iterable[Any]) -> Example:
 
 
 def check_protected(protect: Iterable[str], network: fx.GraphModule, example: Example) -> tuple[str, ...]:
-    """The protected paths; raises InputError for one that names no site."""
+    """The protected paths; raises InputError for one that names no site, and none below it."""
     names = tuple(protect)
     if names:
         known = {site.path for site in find_sites(network, example)}
         for name in names:
-            if name not in known:
+            if not any(is_protected(path, (name,)) for path in known):
                 raise InputError(f"there is no site {name!r} to protect", fix="`palmette sites` lists them")
     return names

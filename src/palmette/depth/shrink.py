@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from palmette.depth.accounts import has_onnx
+from palmette.depth.accounts import has_onnx, side_by_side
 from palmette.depth.outcome import finish, ranking_rows
 from palmette.depth.rounds import expected_seconds, rank, search, summary, target_ms
 from palmette.depth.session import Calibration, Session, Settings, check_protected, example_from, first_inputs
@@ -40,8 +40,8 @@ class ShrinkResult:
     """What `shrink` returns.
 
     model: plain network in eval mode. cost, dense_cost, rows: the accounting table (rows[0] is dense, rows[1]
-    shrunk). ranking: the first round's scores. expected_seconds: filled by a dry run, which trains nothing and
-    returns the dense network.
+    shrunk); `print(result)` shows them side by side. ranking: the first round's scores. expected_seconds: filled by a
+    dry run, which trains nothing and returns the dense network.
     """
 
     model: nn.Module
@@ -58,6 +58,9 @@ class ShrinkResult:
     split: str = "val"
     exports: dict[str, Any] = field(default_factory=dict)
     expected_seconds: float | None = None
+
+    def __str__(self) -> str:
+        return f"{side_by_side(self.rows, self.split)}\n\n{self.message}" if self.rows else self.message
 
 
 def shrink(
@@ -96,9 +99,10 @@ def shrink(
 
     model is not changed. Loaders yield (inputs, target); test data is looked at once, at the end. target_latency:
     "3.2ms" or "0.5x". heal: the training after each removal. cost: "onnxruntime", "eager", "macs" or a CostTable.
-    threads: those that latencies are measured with. names: what figures.json calls command, model and data. Without
-    run_dir nothing is kept, exported or reported. Raises a PalmetteError for input that cannot be used (nothing is
-    written then) and VerifyError when the result does not compute what its plan says.
+    threads: those that latencies are measured with. names: what figures.json calls command, model and data. say: called
+    with a line of text at every step, for instance print. Without run_dir nothing is kept, exported or reported.
+    Raises a PalmetteError for input that cannot be used (nothing is written then) and VerifyError when the result does
+    not compute what its plan says.
     """
     settings = Settings(
         max_drop=max_drop,
@@ -122,10 +126,10 @@ def shrink(
     keep = None if run_dir is None or dry_run else Path(run_dir)
     described = {**asdict(settings), "method": chosen.name, "options": asdict(options), "protect": list(protect)}
     described |= {"heal": (heal or HealConfig()).recipe(), "network": weights_hash(model.state_dict())}
-    command = (names or {}).get("command", "palmette.shrink")
+    names = {"command": _as_call(chosen.name, settings, heal or HealConfig()), **(names or {})}
     with (
         _folder(keep) as folder,
-        closing(Run(folder, resume=resume, command=command, seed=seed, config=described)) as run,
+        closing(Run(folder, resume=resume, command=names["command"], seed=seed, config=described)) as run,
     ):
         session = Session(
             model=model,
@@ -147,7 +151,7 @@ def shrink(
             metric=metric,
         )
         speak = say or _silent
-        return _preview(session) if dry_run else _run(session, names or {}, keep, speak)
+        return _preview(session) if dry_run else _run(session, names, keep, speak)
 
 
 def check_request(
@@ -166,6 +170,19 @@ def check_request(
     Settings(max_drop=max_drop)
     target_ms(target_latency, 1.0)
     return chosen, _config(chosen, config, reproduce)
+
+
+def _as_call(method: str, settings: Settings, heal: HealConfig) -> str:
+    """The call that made a run, without what has no short text: loaders, functions, a method's options."""
+    given = {"method": repr(method), "max_drop": repr(settings.max_drop)} | _changed(settings, Settings())
+    if _changed(heal, HealConfig()):
+        given["heal"] = f"HealConfig({', '.join(f'{k}={v}' for k, v in _changed(heal, HealConfig()).items())})"
+    return f"palmette.shrink(model, train_loader, val_loader, {', '.join(f'{k}={v}' for k, v in given.items())})"
+
+
+def _changed(settings: Any, default: Any) -> dict[str, str]:
+    before = asdict(default)
+    return {name: repr(value) for name, value in asdict(settings).items() if value != before[name]}
 
 
 def _silent(_: str) -> None:
@@ -242,8 +259,10 @@ def _preview(session: Session) -> ShrinkResult:
         rounds = min(rounds, session.settings.rounds)
     seconds = expected_seconds(session, rounds)
     message = (
-        f"{len(pool)} candidates pay; healing {rounds} rounds takes about {seconds:.0f} s, each control as long again"
+        f"{len(pool)} candidate{'s pay' if len(pool) > 1 else ' pays'}; healing {rounds} "
+        f"round{'' if rounds == 1 else 's'} takes about {max(seconds, 1):.0f} s, each control as long again"
     )
+    nothing = f"Nothing pays on {session.table.runtime}; `palmette sites` lists what each removal saves in MACs"
     return ShrinkResult(
         model=session.dense,
         plan=Plan([]),
@@ -255,7 +274,7 @@ def _preview(session: Session) -> ShrinkResult:
         ranking=ranking,
         run_dir=None,
         report=None,
-        message=message if pool else f"Nothing pays on {session.table.runtime}.",
+        message=message if pool else nothing,
         expected_seconds=seconds,
     )
 
@@ -263,12 +282,12 @@ def _preview(session: Session) -> ShrinkResult:
 def _run(session: Session, names: dict[str, str], keep: Path | None, say: Say) -> ShrinkResult:
     """Baseline, rounds, outcome."""
     settings = session.settings
-    say("evaluating the dense network")
     baseline = session.run.once("baseline", lambda: summary(session.evaluate(session.dense, session.val)))
+    say(f"dense network: {100 * baseline['accuracy']:.2f} % on {baseline['n']:,} validation samples")
     found = search(session, baseline, say)
     figures = {
         "schema": 1,
-        "command": names.get("command", "palmette.shrink"),
+        "command": names["command"],
         "method": session.method.name,
         "seed": settings.seed,
         "environment": session.run.environment,

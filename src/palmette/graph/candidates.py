@@ -75,7 +75,7 @@ def _candidate(group: tuple[Site, ...], protect: tuple[str, ...], ends: set[str]
     first = group[0]
     name = first.path if len(group) == 1 else " + ".join(s.path for s in group)
     reason = next((s.reason for s in group if not s.removable), "")
-    if not reason and any(s.path == p or s.path.startswith(p + ".") for s in group for p in protect):
+    if not reason and any(is_protected(s.path, protect) for s in group):
         reason = "protected by the user"
     touched = {p for s in group for p in (s.producer, *s.consumers)}
     if not reason and touched & ends:
@@ -85,6 +85,11 @@ def _candidate(group: tuple[Site, ...], protect: tuple[str, ...], ends: set[str]
         unit = "ms" if first.ms_saved is not None else "MACs"
         reason = f"merging would not save {unit}"
     return Candidate(name, group, first.macs_saved, first.ms_saved, not reason, reason)
+
+
+def is_protected(path: str, protect: Iterable[str]) -> bool:
+    """Whether `path` is one of the protected paths, or lies below one."""
+    return any(path == p or path.startswith(f"{p}.") for p in protect)
 
 
 def _ends(gm: fx.GraphModule) -> set[str]:

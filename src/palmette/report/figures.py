@@ -166,9 +166,14 @@ _PARTS: dict[str, type[Any]] = {
 def load_figures(folder: Path) -> Figures:
     """The figures of a run. Raises RunError when the file is missing, damaged, of another version, or lacks a field."""
     path = folder / FILE
+    if not folder.is_dir():
+        raise RunError("There is no such run folder", where=str(folder))
     if not path.is_file():
         raise RunError(
-            "There is nothing to report", where=str(folder), why=f"it holds no {FILE}", fix="Finish the run."
+            "There is nothing to report",
+            where=str(folder),
+            why=f"it holds no {FILE}",
+            fix="Give the folder of a finished run; shrink --resume finishes one.",
         )
     value = read_json(path)
     if not isinstance(value, Mapping) or value.get("schema") != 1:

@@ -124,11 +124,11 @@ def _artifacts(folder: Path) -> list[dict[str, str]]:
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested settings as dotted names and text."""
+    """Nested settings as dotted names and text; versions and hardware speak for themselves."""
     rows: list[tuple[str, str]] = []
     for key, item in value.items():
         if isinstance(item, dict):
-            rows += _flat(item, f"{prefix}{key}.")
+            rows += _flat(item, prefix if key in ("versions", "hardware") else f"{prefix}{key}.")
         else:
             rows.append(
                 (

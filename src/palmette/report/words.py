@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 from palmette.report.figures import Clock, Figures, Row
@@ -75,6 +76,11 @@ def score(value: float | None) -> str:
         return DASH
     plain = value == 0 or 1e-2 <= abs(value) < 1e4
     return (f"{value:.3f}" if plain else f"{value:.1e}").replace("-", MINUS)
+
+
+def typeset(text: str) -> str:
+    """A sentence with true minus signs before its numbers."""
+    return re.sub(r"(?<![\w-])-(?=\d)", MINUS, text)
 
 
 def change(before: float | None, after: float | None) -> str:

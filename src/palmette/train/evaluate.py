@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ class Evaluation:
     """Samples seen."""
     loss: float
     """Mean over samples."""
-    correct: np.ndarray[Any, np.dtype[Any]]
+    correct: np.ndarray[Any, np.dtype[Any]] = field(repr=False)
     """Per sample, in the loader's order: right or wrong (bool), or the metric's value (float64). Shape [n]."""
     interval: tuple[float, float]
     """95 % interval of the accuracy: Wilson for right or wrong, normal approximation for a metric."""
@@ -68,6 +68,7 @@ def evaluate(
 ) -> Evaluation:
     """Run `model` over `loader` in eval mode, without gradients, on the model's device.
 
+    The Evaluation has `accuracy` (0 to 1), `interval` (95 %), `n`, `loss`, and `correct`, one value per sample.
     loader: yields (inputs, target) or dicts with labels; it is seeded alike at each call, so that a shuffling or
     augmenting loader shows every network the same samples in the same order.
     loss_fn: `loss_fn(logits, target)` -> mean over the batch; cross entropy by default.
