@@ -9,9 +9,11 @@ registry, the tables from benchmarks/results/*.json.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib
 import inspect
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -125,7 +127,7 @@ def api_page() -> str:
         value = getattr(palmette, name)
         parts += [f"## {name}", signature_block(name, value), docstring(value)]
         if inspect.isclass(value):
-            parts.append(members(value))
+            parts += [fields(value), members(value)]
     return page(parts)
 
 
@@ -184,6 +186,19 @@ def paragraphs(text: str) -> str:
         indented = all(line.startswith("    ") for line in part.splitlines())
         out.append(f"```text\n{inspect.cleandoc(part)}\n```" if indented else part)
     return "\n\n".join(out)
+
+
+def fields(value: type) -> str:
+    """The fields of a dataclass that have a text of their own below them."""
+    if not dataclasses.is_dataclass(value):
+        return ""
+    body = ast.parse(inspect.getsource(value)).body[0].body  # type: ignore[attr-defined]
+    rows = [
+        (f"`{field.target.id}`", escape(text.value.value))
+        for field, text in itertools.pairwise(body)
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+    ]
+    return table(("field", "what it says"), rows) if rows else ""
 
 
 def members(value: type) -> str:
