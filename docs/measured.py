@@ -73,8 +73,8 @@ def benchmarks_page() -> str:
     ]
     for path in sorted(RESULTS.glob("shrink_*.json")):
         for figures in runs_of(path):
-            heading = f"## {figures.get('data', path.stem)}: {figures.get('model', '')}".rstrip(": ")
-            parts += [heading, accounting(figures), made_by(path, figures)]
+            network, data = figures["model"].rpartition(":")[2], figures["data"].partition(":")[0]
+            parts += [f"## {network} on {data}", accounting(figures), made_by(path, figures)]
     if len(parts) == 3:
         parts.append("No results are stored yet: `make bench` measures them.")
     return page(parts)
@@ -95,50 +95,65 @@ def runs_of(path: Path) -> list[dict[str, Any]]:
 
 
 def made_by(path: Path, figures: dict[str, Any]) -> str:
-    """The message of a run and the script that made it."""
+    """The message of a run and the script that made it: one of its own name, or that of its data with its name."""
+    script = f"benchmarks/{path.stem}.py"
+    if not (ROOT / script).exists():
+        script = f"benchmarks/shrink_{figures['data'].partition(':')[0]}.py {path.stem.removeprefix('shrink_')}"
     said = escape(figures.get("message") or "")
-    return f"{said} Measured by `python benchmarks/{path.stem}.py` (seed {figures.get('seed', 0)}).".strip()
+    how = f"method {figures['method']}, data `{figures['data']}`, seed {figures.get('seed', 0)}"
+    return f"{said} Measured by `python {script}` ({how}).".strip()
 
 
 def accounting(figures: dict[str, Any]) -> str:
-    """What stands side by side whenever a reduction is reported."""
+    """What stands side by side whenever a reduction is reported: one column per network."""
     rows = figures["rows"]
-    latencies = latency_names(rows)
-    counts = ("linearized", "dropped", "depth", "macs", "params")
-    head = ("network", "linearized", "dropped", "depth", "MACs", "parameters", "peak memory")
-    body = []
-    for row in rows:
-        cells = [row["name"], *(f"{row[name]:,}" for name in counts), kibibytes(row["peak_bytes"])]
-        cells += [latency_cell(row, name) for name in latencies]
-        body.append([*cells, accuracy_cell(row), difference_cell(row)])
-    return table((*head, *latencies, "top-1", "difference"), body)
+    lines = [(label, [f"{row[key]:,}" for row in rows]) for label, key in COUNTS]
+    lines.append(("peak memory", [kibibytes(row["peak_bytes"]) for row in rows]))
+    lines += [(f"{name}, ms", [latency_cell(row, name) for row in rows]) for name in latency_names(rows)]
+    lines.append((f"top-1, %, n = {rows[0]['n']:,}", [accuracy_cell(row) for row in rows]))
+    lines.append(("difference, points", [difference_cell(row) for row in rows]))
+    head = ("", *(row["name"] for row in rows))
+    return f"{table(head, [[label, *cells] for label, cells in lines])}\n\n{BRACKETS} {clocks(rows)}"
+
+
+COUNTS = (
+    ("activations linearised", "linearized"),
+    ("blocks dropped", "dropped"),
+    ("depth", "depth"),
+    ("MACs", "macs"),
+    ("parameters", "params"),
+)
+BRACKETS = "In brackets: quartiles of the latencies, 95 % intervals of accuracy and difference."
 
 
 def latency_names(rows: list[dict[str, Any]]) -> list[str]:
-    """The kinds of latency in the rows, in order, each with all that it depends on."""
-    return list(dict.fromkeys(latency_name(entry) for row in rows for entry in row.get("latency") or []))
+    """The runtimes that were timed, in order."""
+    return list(dict.fromkeys(entry["runtime"] for row in rows for entry in row.get("latency") or []))
 
 
-def latency_name(entry: dict[str, Any]) -> str:
-    """Runtime, batch, threads, dtype and hardware of one latency."""
-    threads = f"{entry['threads']} thread{'s' if entry['threads'] != 1 else ''}"
-    return escape(f"{entry['runtime']}, batch {entry['batch']}, {threads}, {entry['dtype']}, {entry['hardware']}")
+def clocks(rows: list[dict[str, Any]]) -> str:
+    """What the latencies depend on: batch, threads, dtype and hardware of each runtime."""
+    said = {}
+    for entry in (entry for row in rows for entry in row.get("latency") or []):
+        threads = f"{entry['threads']} thread{'s' if entry['threads'] != 1 else ''}"
+        said[entry["runtime"]] = f"batch {entry['batch']}, {threads}, {entry['dtype']}, {entry['hardware']}"
+    return " ".join(f"{name}: {escape(text)}." for name, text in said.items())
 
 
 def latency_cell(row: dict[str, Any], name: str) -> str:
     """The median in milliseconds, with its quartiles."""
     for entry in row.get("latency") or []:
-        if latency_name(entry) == name:
-            return f"{entry['median_ms']:.3g} ms ({entry['q25_ms']:.3g} to {entry['q75_ms']:.3g})"
+        if entry["runtime"] == name:
+            return f"{entry['median_ms']:.3g} [{entry['q25_ms']:.3g}, {entry['q75_ms']:.3g}]"
     return ""
 
 
 def accuracy_cell(row: dict[str, Any]) -> str:
-    """Top-1 in percent with its interval and the number of samples."""
+    """Top-1 in percent with its interval."""
     if row.get("accuracy") is None:
         return ""
     low, high = row["interval"]
-    return f"{100 * row['accuracy']:.2f} % ({100 * low:.2f} to {100 * high:.2f}, n = {row['n']:,})"
+    return f"{100 * row['accuracy']:.2f} [{100 * low:.2f}, {100 * high:.2f}]"
 
 
 def difference_cell(row: dict[str, Any]) -> str:
@@ -146,7 +161,7 @@ def difference_cell(row: dict[str, Any]) -> str:
     if not row.get("difference"):
         return ""
     difference, low, high = row["difference"]
-    return f"{difference:+.2f} ({low:+.2f} to {high:+.2f})"
+    return f"{difference:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 def kibibytes(count: int) -> str:
