@@ -51,18 +51,27 @@ def cli_page() -> str:
     import typer
 
     from palmette.cli import app
+    from palmette.resolve import DATA_HELP, MODEL_HELP
 
     root = typer.main.get_command(app)
     commands = [(f"palmette {name}", command) for name, command in sorted(root.commands.items())]
     parts = [
         NOTE,
         "# Command line",
-        "Every command prints one line and exits with 2 when its input cannot be used; `--help` says what is below.",
+        "Input that cannot be used ends a command with one line and exit code 2. `--help` says what is below.",
         options_table(root),
+        *specs(MODEL_HELP),
+        *specs(DATA_HELP),
     ]
     for name, command in commands:
         parts += [f"## {name}", prose(command.help or ""), options_table(command)]
     return page(parts)
+
+
+def specs(text: str) -> list[str]:
+    """The forms of a --model or --data: a heading from the first line, then the text as it was laid out."""
+    heading, _, forms = text.partition(": ")
+    return [f"## {heading}", f"What `--{heading.lower()}` takes:", f"```text\n{forms}\n```"]
 
 
 def prose(text: str) -> str:

@@ -2,7 +2,7 @@
 
 Python blocks of a page share one namespace and one temporary folder; commands that start with `palmette` run there
 too, in order. A line `<!-- test: slow -->` before a block keeps its page's remainder for the slow suite;
-`<!-- test: skip, REASON -->` leaves one block out.
+`<!-- test: skip, REASON -->` leaves one block out. A block with `title="nets.py"` is also the file of that name.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHELLS = ("bash", "sh", "shell", "console")
 FENCE = re.compile(
     r"^(?:<!-- test: (?P<mark>slow|skip)(?:, (?P<reason>[^>]+?))? -->\n+)?"
-    r"^```(?P<language>\w*)[^\n]*\n(?P<body>.*?)^```$",
+    r"^```(?P<language>\w*)(?: title=\"(?P<title>[\w.]+)\")?[^\n]*\n(?P<body>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
 
@@ -34,6 +34,7 @@ class Block:
     line: int
     mark: str | None
     reason: str | None
+    title: str | None = None
 
     @property
     def commands(self) -> list[list[str]]:
@@ -45,7 +46,7 @@ class Block:
 def blocks(page: Path) -> list[Block]:
     text = page.read_text()
     return [
-        Block(m["language"], m["body"], text.count("\n", 0, m.start("body")), m["mark"], m["reason"])
+        Block(m["language"], m["body"], text.count("\n", 0, m.start("body")), m["mark"], m["reason"], m["title"])
         for m in FENCE.finditer(text)
     ]
 
@@ -54,6 +55,8 @@ def run_page(page: Path, chosen: list[Block], folder: Path) -> int:
     namespace: dict[str, object] = {"__name__": "__docs__"}
     done = 0
     for block in chosen:
+        if block.title:
+            (folder / block.title).write_text(block.body)
         if block.language == "python":
             exec(compile("\n" * block.line + block.body, str(page), "exec"), namespace)
             done += 1

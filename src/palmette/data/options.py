@@ -19,12 +19,13 @@ NORMS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
 }
 
 HELP = """Data: digits | cifar10:DIR | fashion-mnist:DIR | imagefolder:DIR | path/file.py:function.
-Options follow a question mark, as in cifar10:DIR?norm=imagenet&size=96&augment=flip-shift&train=5000&batch=64
-  size=N or HxW        resize every image (default: what the model expects, else the size of the source)
+Options follow a question mark, in quotes, as in "cifar10:DIR?norm=imagenet&size=96&augment=flip-shift&train=5000"
+  size=N or HxW        resize every image (default: what the model expects, else the size of the source; folders: 224)
   channels=1|3         repeat a grey channel three times, or average colours to grey
-  norm=NAME            source (default) | imagenet | half (mean and std 0.5) | none
+  norm=NAME            source (default; ImageNet's for folders) | imagenet | half (mean and std 0.5) | none
   mean=A,B,C std=A,B,C normalisation by hand, for images in 0..1
-  augment=NAME         none | flip | shift | flip-shift (training images only)
+  augment=NAME         none | flip | shift | flip-shift (training images only; by default none for digits,
+                       flip for folders, flip-shift for the others)
   train=N val=N test=N use N images of that split, the same ones each time, classes in proportion
   calibration=N        unaugmented training images used to fit plans (default 1024)
   batch=N              batch size
