@@ -34,7 +34,7 @@ $(VENV)/.stamp-docs: $(VENV)/.stamp-dev
 	@touch $@
 
 demo: $(VENV)/.stamp-demo ## shrink a small network on scikit-learn's digits, under two minutes
-	$(BIN)/palmette demo
+	$(BIN)/palmette demo --resume
 
 test: $(VENV)/.stamp-dev ## the default tests
 	$(PYTEST) -n $(WORKERS)

@@ -34,7 +34,6 @@ def demo(
     from palmette.models import build
     from palmette.resolve import resolve_data
     from palmette.seeding import derive_seed, seeded
-    from palmette.train.evaluate import evaluate
     from palmette.train.loop import HealConfig, heal
 
     say = tables.say
@@ -45,11 +44,10 @@ def demo(
     shape = tuple(found.example_inputs.shape[1:])
     with seeded("demo", seed):
         dense = build(network, num_classes=found.num_classes or 10, shape=shape)
-    say(f"Training {network} for {epochs} epochs on {found.description}")
+    say(f"training {network} for {epochs} epochs on {found.description}")
     heal(dense, found.train, HealConfig(optimizer="adamw", lr=3e-3, epochs=epochs), seed=derive_seed("demo", seed))
-    say(f"Dense network: {100 * evaluate(dense.eval(), found.val).accuracy:.2f} % on validation data")
     result = shrink(
-        dense,
+        dense.eval(),
         found.train,
         found.val,
         found.test,

@@ -20,8 +20,7 @@ def sites(
 ) -> None:
     """List the places where a network can be changed, and what each would save.
 
-    The column merge says whether what is left merges exactly as it is, or by which padding policy (see --pad of
-    palmette shrink). MACs saved counts together what pays only together.
+    Column merge: exact, or the padding policy that makes it so. MACs saved: together, for what pays only together.
 
     Example: palmette sites -m timm:mobilenetv2_100 --image-size 96
     """
