@@ -17,6 +17,7 @@ from palmette.meter.table import CostTable
 from palmette.registry import Bounds, Method, MethodConfig
 from palmette.run import Run
 from palmette.seeding import derive_seed, preserved, seed_globals, seed_loader
+from palmette.train.batches import check_iterable
 from palmette.train.evaluate import Evaluation, evaluate
 from palmette.train.loop import HealConfig
 
@@ -124,6 +125,22 @@ def _alone(site: Site) -> Candidate:
         pays=False,
         reason=site.reason,
     )
+
+
+def check_given(model: Any, **loaders: Any) -> None:
+    """Refuse a model that is no module, and loaders (None: not given) that cannot be passed over again and again.
+
+    Raises InputError or DataError.
+    """
+    if not isinstance(model, nn.Module):
+        kind = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise InputError(f"model is {kind}, not a network", fix="Pass the trained nn.Module itself")
+    for name, loader in loaders.items():
+        try:
+            if loader is not None or name in ("train", "val"):
+                check_iterable(loader)
+        except DataError as error:
+            raise DataError(error.what, where=f"{name}_loader", why=error.why, fix=error.fix) from error
 
 
 def first_inputs(loader: Iterable[Any], what: str) -> Any:

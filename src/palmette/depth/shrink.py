@@ -22,7 +22,15 @@ from torch import fx, nn
 from palmette.depth.accounts import has_onnx, side_by_side
 from palmette.depth.outcome import finish, ranking_rows
 from palmette.depth.rounds import expected_seconds, rank, search, summary, target_ms
-from palmette.depth.session import Calibration, Session, Settings, check_protected, example_from, first_inputs
+from palmette.depth.session import (
+    Calibration,
+    Session,
+    Settings,
+    check_given,
+    check_protected,
+    example_from,
+    first_inputs,
+)
 from palmette.errors import InputError, PalmetteError
 from palmette.graph import CollapseRecord, Plan, Verification, capture, find_sites, weights_hash
 from palmette.graph.inputs import Example, batch_size, with_batch
@@ -120,6 +128,7 @@ def shrink(
     chosen, options = check_request(
         method, config=config, reproduce=reproduce, max_drop=max_drop, target_latency=target_latency
     )
+    check_given(model, train=train_loader, val=val_loader, test=test_loader, calibration=calibration_loader)
     first_inputs(train_loader, "training")
     example, dense = _captured(model, val_loader, example_inputs)
     _check_sites(dense, example, chosen.kind(options))
