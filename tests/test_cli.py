@@ -147,7 +147,7 @@ def test_shrink_prints_the_accounting_table(finished, capsys) -> None:
     figures = json.loads((finished / "figures.json").read_text())
     assert figures["rows"][1]["macs"] < figures["rows"][0]["macs"]
     assert figures["model"].endswith("net.py:net")
-    assert figures["command"].startswith("palmette ")
+    assert figures["command"].split()[0] == "palmette"
 
 
 def test_report_is_drawn_again(finished, capsys) -> None:
@@ -176,6 +176,25 @@ def test_random_weights_are_said_to_be_random(tmp_path, capsys) -> None:
     weights = tmp_path / "mlp.safetensors"
     assert run("export", "-m", "palmette:mlp", "--image-size", "8", "-w", weights, *out) in (0, 2)
     assert "random weights" not in capsys.readouterr().out
+
+
+def test_random_weights_are_those_of_the_seed(tmp_path, capsys) -> None:
+    options = [
+        "-m",
+        "palmette:mlp",
+        "-d",
+        "digits",
+        "--epochs",
+        "0",
+        "--rounds",
+        "0",
+        "--cost",
+        "macs",
+        "--no-controls",
+    ]
+    assert run("shrink", *options, "--run", tmp_path / "run") == 0
+    assert run("shrink", *options, "--run", tmp_path / "run", "--resume") == 0
+    assert run("shrink", *options, "--run", tmp_path / "run", "--resume", "--seed", "1") == 2
 
 
 def test_defaults_of_healing_are_what_the_help_says() -> None:

@@ -55,10 +55,15 @@ Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything ran
 def load_pair(
     model: str, weights: Path | None, data: str, image_size: int | None, batch_size: int, seed: int, trust: bool
 ) -> tuple[ResolvedModel, Data]:
-    """The model and the data of a command; the data's number of classes shapes the model where it may choose."""
-    from palmette.resolve import resolve_pair
+    """The model and the data of a command; the data's number of classes shapes the model where it may choose.
 
-    return resolve_pair(model, data, weights, image_size=image_size, batch_size=batch_size, seed=seed, trust=trust)
+    Weights that nobody gives are drawn from the seed, so that --resume meets the same network again.
+    """
+    from palmette.resolve import resolve_pair
+    from palmette.seeding import seeded
+
+    with seeded("model", seed):
+        return resolve_pair(model, data, weights, image_size=image_size, batch_size=batch_size, seed=seed, trust=trust)
 
 
 def load_model(
