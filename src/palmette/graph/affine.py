@@ -149,6 +149,15 @@ def compose(first: Affine, second: Affine) -> Affine:
     )
 
 
+def merged_map(maps: list[Affine], pad: str) -> Affine:
+    """All maps of a run as one, taken as exact; "bias_map" carries a bias in front of padding in an edge channel."""
+    merged = maps[0]
+    for m in maps[1:]:
+        carried = pad == "bias_map" and inexact_reason(merged, m) and can_carry_edge(merged)
+        merged = compose(with_edge(merged) if carried else merged, m)
+    return merged
+
+
 def _products(
     a: Affine, b: Affine, groups: int, kernel: list[int], reach_a: list[int], reach_b: list[int]
 ) -> tuple[Tensor, Tensor]:

@@ -10,19 +10,17 @@ from torch import fx
 
 from palmette.errors import PlanError
 from palmette.graph.activations import find_activations
-from palmette.graph.affine import Affine, can_carry_edge, compose, inexact_reason, with_edge
+from palmette.graph.affine import merged_map
 from palmette.graph.blocks import Block, find_blocks
 from palmette.graph.capture import make_inputs
 from palmette.graph.ops import is_state
 from palmette.graph.paths import Path, Reader
 from palmette.graph.rewrite import describe_map
-from palmette.graph.segments import Merged, extract, input_shape, signature
+from palmette.graph.segments import GAIN, Merged, extract, input_shape, signature
 from palmette.graph.sites import Site, activation_sites, block_sites
 
 if TYPE_CHECKING:
     from palmette.meter.table import CostTable
-
-GAIN = 0.98
 
 
 @dataclass(frozen=True)
@@ -127,7 +125,7 @@ def with_measured_gain(gm: fx.GraphModule, sites: list[Site], cost: CostTable, p
 
 def _merge_gain(reader: Reader, elements: Path, cost: CostTable, pad: str) -> float:
     """Time of the elements with their activations minus time of the merged operation."""
-    merged = _merged(reader, elements, pad)
+    merged = merged_map([reader.affine(e) for e in elements], pad)
     links: list[Any] = [a for e in elements[:-1] for a in e.links]
     ops = [a.op for a in links]
     nodes = [n for e in elements for n in e.nodes] + [n for a in links for n in a.region]
@@ -137,17 +135,6 @@ def _merge_gain(reader: Reader, elements: Path, cost: CostTable, pad: str) -> fl
     example = _noise(input_shape(elements[0]), before)
     ms_before, ms_after = cost.compare(key, before, after.eval(), example)
     return ms_before - ms_after if ms_after < GAIN * ms_before else min(0.0, ms_before - ms_after)
-
-
-def _merged(reader: Reader, elements: Path, pad: str) -> Affine:
-    maps = [reader.affine(e) for e in elements]
-    merged = maps[0]
-    for m in maps[1:]:
-        merged = compose(
-            with_edge(merged) if pad == "bias_map" and inexact_reason(merged, m) and can_carry_edge(merged) else merged,
-            m,
-        )
-    return merged
 
 
 def _block_gain(gm: fx.GraphModule, block: Block, cost: CostTable) -> float:

@@ -26,14 +26,11 @@ from palmette.graph.edit import linear_runs
 from palmette.graph.ops import ChannelAffine, module_of, op_name, remove_dead
 from palmette.graph.paths import Element, Path, Reader
 from palmette.graph.rewrite import absorb, absorb_target, describe_map, merge, narrow
-from palmette.graph.segments import Merged, for_timing, input_shape, signature, unmerged
+from palmette.graph.segments import GAIN, Merged, for_timing, input_shape, signature, unmerged
 from palmette.graph.sites import element_macs, positions
 
 if TYPE_CHECKING:
     from palmette.meter.table import CostTable
-
-GAIN = 0.98
-"""A merge must bring the measured time below this share of what it replaces."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-ACTIVATIONS = frozenset(
+WITH_IN_PLACE = frozenset(
     {
         "relu",
         "relu6",
@@ -24,16 +24,22 @@ ACTIVATIONS = frozenset(
         "hardsigmoid",
         "sigmoid",
         "tanh",
+        "clamp",
+        "threshold",
+    }
+)
+"""Activations that networks also call in place."""
+
+ACTIVATIONS = WITH_IN_PLACE | frozenset(
+    {
         "softplus",
         "log_sigmoid",
-        "threshold",
         "prelu",
         "rrelu",
         "hardshrink",
         "softshrink",
         "tanhshrink",
         "softsign",
-        "clamp",
         "clamp_min",
         "clamp_max",
     }

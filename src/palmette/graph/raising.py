@@ -16,6 +16,7 @@ from palmette.graph.ops import (
     BATCH_NORMS,
     CONVOLUTIONS,
     DROPOUTS,
+    WITH_IN_PLACE,
     Attention,
     alias_base,
     ensure_container,
@@ -25,31 +26,7 @@ from palmette.graph.ops import (
     set_module,
 )
 
-_FUNCTIONAL = frozenset(
-    {
-        "relu",
-        "relu6",
-        "hardtanh",
-        "leaky_relu",
-        "elu",
-        "selu",
-        "celu",
-        "gelu",
-        "silu",
-        "mish",
-        "hardswish",
-        "hardsigmoid",
-        "sigmoid",
-        "tanh",
-        "clamp",
-        "add",
-        "sub",
-        "mul",
-        "div",
-        "threshold",
-        "dropout",
-    }
-)
+_FUNCTIONAL = WITH_IN_PLACE | {"add", "sub", "mul", "div", "dropout"}
 _DROPOUT_MODULES: dict[str, type[nn.Module]] = {
     "dropout": nn.Dropout,
     "alpha_dropout": nn.AlphaDropout,

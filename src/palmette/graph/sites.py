@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from palmette.errors import PlanError
 from palmette.graph.activations import Activation, find_activations
-from palmette.graph.affine import can_carry_edge, compose, inexact_reason, with_edge
+from palmette.graph.affine import merged_map
 from palmette.graph.blocks import Block, find_blocks, find_spans
 from palmette.graph.capture import capture
 from palmette.graph.ops import is_state, module_of, op_name, skip_transparent
@@ -168,14 +168,8 @@ def _window(reader: Reader, elements: Path, pad: str) -> Window | None:
 
 def macs_saved(reader: Reader, elements: Path, pad: str = "repad") -> int:
     """MACs per sample that one merged operation saves over `elements` (negative: it costs more)."""
-    maps = [reader.shape_of(e) for e in elements]
     before = sum(element_macs(reader, e) for e in elements)
-    merged = maps[0]
-    for m in maps[1:]:
-        merged = compose(
-            with_edge(merged) if pad == "bias_map" and inexact_reason(merged, m) and can_carry_edge(merged) else merged,
-            m,
-        )
+    merged = merged_map([reader.shape_of(e) for e in elements], pad)
     return before - merged.weight.numel() * positions(elements[-1])
 
 
