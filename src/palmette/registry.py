@@ -23,7 +23,7 @@ from palmette.errors import InputError, UnknownMethod
 
 WINGS = ("depth", "adapt", "supernet", "sparsity", "fairness")
 
-SiteKind = Literal["activation", "block"]
+SiteKind = Literal["activation", "block", "span", "convolution"]
 ScoreFunction = Callable[..., dict[str, float]]
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -114,6 +114,15 @@ class Method:
     `watch`, where given, is `watch(captured, candidates, config, *, steps) -> None`: it puts observers into the graph
     before an epoch-wise training of `steps` batches per epoch, whose findings the next call of `score` reads;
     `unwatch(captured)` removes them.
+
+    `prepare`: a training-time ingredient, `prepare(network, candidates, train, config, *, loader, seed) -> {site path:
+    number}`. It trains `network` in place by calls of `train(network, loss_terms=..., keep_zeros=...)`, each one
+    healing schedule, and leaves the network's structure as it was; scores read what it returns with
+    `palmette.depth.prepared.findings`. `select(candidates, scores, config, *, losses, step) -> [names]` says which
+    candidates go together in a round (default: the `step` lowest); `losses(names)` is the loss on the calibration set
+    with these edited, of the present network for (). `edits(candidate, config) -> [Edit]`: default the candidate's own
+    edit at each site. `heals(config)`: whether a removal is followed by healing (default yes). `keeps_zeros`: weights
+    that are exactly 0 stay 0 in healing.
     """
 
     name: str
@@ -128,6 +137,11 @@ class Method:
     summary: str = ""
     watch: Callable[..., None] | None = None
     unwatch: Callable[..., None] | None = None
+    prepare: Callable[..., dict[str, float]] | None = None
+    select: Callable[..., list[str]] | None = None
+    edits: Callable[..., list[Any]] | None = None
+    heals: Callable[..., bool] | None = None
+    keeps_zeros: bool = False
 
     def make_config(self, **options: Any) -> MethodConfig:
         """The method's config from options; raises InputError for an option it does not know (suggests the nearest)."""
@@ -156,10 +170,11 @@ def method(
     sites: SiteKind,
     edit: str,
     config: type[MethodConfig],
-    watch: Callable[..., None] | None = None,
-    unwatch: Callable[..., None] | None = None,
+    **hooks: Any,
 ) -> Callable[[F], F]:
     """Register the decorated score function as a method; its wing is the package that its file lies in.
+
+    `hooks`: the optional fields of `Method` (watch, unwatch, prepare, select, edits, heals, keeps_zeros).
 
     Raises InputError when another file has registered the same name.
     """
@@ -179,8 +194,7 @@ def method(
             config=config,
             score=score,
             summary=summary[0] if summary else "",
-            watch=watch,
-            unwatch=unwatch,
+            **hooks,
         )
         known = _METHODS.get(name)
         if known is not None and known.score.__module__ != score.__module__:

@@ -34,21 +34,23 @@ def contenders(session: Session, found: Search, winner: nn.Module, plan: Plan) -
     rows.append(Contender(name="shrunk", network=winner, plan=plan))
     if not session.settings.controls or found.winner < 0:
         return rows
-    again = dense_again(session, found.winner + 1)
+    chosen = found.branch.at(found.winner)
+    again = dense_again(session, chosen.trainings)
     rows.append(Contender(name="dense + same training", network=again, plan=Plan([])))
-    return [*rows, random_control(session, found.winner + 1)]
+    return [*rows, random_control(session, [entry.removed for entry in found.rounds[: found.winner + 1]])]
 
 
-def random_control(session: Session, rounds: int) -> Contender:
-    """As many removals as the winner's, drawn at random from the same candidates, with the same healing; collapsed."""
+def random_control(session: Session, counts: list[int]) -> Contender:
+    """As many removals a round as the winner's, drawn from the same candidates, with the same training; collapsed."""
     branch = Branch(session, "random")
+    branch.prepare(session.method, plain=True)
     seed = session.settings.seed
 
     def ranking(network: Any, pool: list[Candidate]) -> dict[str, float]:
         return random_removal.score(network, pool, (), random_removal.RandomConfig(), seed=seed)
 
-    for number in range(rounds):
-        branch.choose(number, ranking)
+    for number, count in enumerate(counts):
+        branch.choose(number, ranking, count=count)
         branch.heal(number)
     small, _ = collapse(branch.network, cost=session.table)
     return Contender(name="random removal", network=small, plan=branch.plan)

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
@@ -19,11 +19,13 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from palmette.depth.prepared import keep
 from palmette.depth.shrink import ShrinkResult, shrink
 from palmette.errors import InputError, PalmetteError, VerifyError
 from palmette.graph import Candidate, Edit, Plan, candidates, capture, drop, linearize, load
 from palmette.registry import Bounds, Method
-from palmette.train.loop import HealConfig
+from palmette.train.constraints import zeros_kept
+from palmette.train.loop import HealConfig, LossTerm, heal
 
 SEED = 7
 
@@ -71,7 +73,31 @@ def _prepared(method: Method) -> tuple[fx.GraphModule, list[Candidate], DataLoad
     found = [c for c in candidates(captured, example, kind=method.kind(config)) if c.pays]
     if len(found) < 2:
         raise VerifyError(f"the specimen has {len(found)} candidates of kind {method.kind(config)!r}, too few to rank")
+    if method.prepare is not None:
+        keep(captured, method.name, method.prepare(captured, found, _lesson(loader), config, loader=loader, seed=SEED))
+        captured.eval()
     return captured, found, loader, config
+
+
+def _lesson(loader: DataLoader[Any]) -> Callable[..., None]:
+    """The `train` that an ingredient is given: one short epoch."""
+
+    def train(network: fx.GraphModule, *, loss_terms: Sequence[LossTerm] = (), keep_zeros: bool = False) -> None:
+        constraints = [zeros_kept(network)] if keep_zeros else ()
+        heal(network, loader, HealConfig(epochs=1, lr=1e-3), seed=SEED, loss_terms=loss_terms, constraints=constraints)
+
+    return train
+
+
+def prepared_in_place(method: Method) -> None:
+    """A training-time ingredient leaves the structure of the network and the names of its state as they were."""
+    if method.prepare is None:
+        return
+    model, loader = specimen()
+    before = capture(model, next(iter(loader))[0][:2])
+    after, _, _, _ = _prepared(method)
+    _require(list(before.state_dict()) == list(after.state_dict()), method, "its ingredient changes the state's names")
+    _require(before.code == after.code, method, "its ingredient leaves something in the graph")
 
 
 def _score(method: Method, seed: int = SEED) -> dict[str, float]:
@@ -154,8 +180,10 @@ def _refuses(method: Method, options: dict[str, Any]) -> None:
     raise VerifyError(f"method {method.name!r}: accepts {options}")
 
 
-def _edits(candidate: Candidate) -> list[Edit]:
-    return [drop(site) if site.kind == "block" else linearize(site) for site in candidate.sites]
+def _edits(method: Method, candidate: Candidate) -> list[Edit]:
+    if method.edits is not None:
+        return list(method.edits(candidate, method.make_config()))
+    return [linearize(site) if site.kind == "activation" else drop(site) for site in candidate.sites]
 
 
 def plan_round_trip(method: Method) -> None:
@@ -164,7 +192,7 @@ def plan_round_trip(method: Method) -> None:
     scores = _score(method)
     first = min(found, key=lambda c: (scores[c.name], c.name))
     x = next(iter(loader))[0]
-    plan = Plan(_edits(first)).fit(captured, loader, x[:2])
+    plan = Plan(_edits(method, first)).fit(captured, loader, x[:2])
     again = Plan.from_json(plan.to_json())
     _require(again.to_json() == plan.to_json(), method, "its plan does not survive JSON")
     outputs = [p.apply(captured, x[:2]).eval()(x) for p in (plan, again, plan)]
@@ -238,6 +266,7 @@ CHECKS: dict[str, Callable[[Method], None]] = {
         deterministic,
         order_free,
         input_untouched,
+        prepared_in_place,
         bounds_enforced,
         plan_round_trip,
         nothing_at_zero_rounds,

@@ -8,19 +8,21 @@ for bit.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import fx
 
+from palmette.depth.prepared import keep
 from palmette.depth.session import Session
 from palmette.errors import PlanError, RefusedEdit
 from palmette.graph import Candidate, Plan
 from palmette.registry import Method
 from palmette.train.checkpoint import load_checkpoint, load_model_tensors, model_tensors, save_checkpoint
-from palmette.train.loop import heal
+from palmette.train.constraints import zeros_kept
+from palmette.train.loop import LossTerm, heal
 
 Ranking = Callable[[fx.GraphModule, list[Candidate]], dict[str, float]]
 
@@ -49,14 +51,52 @@ class Branch:
         self.network = copy.deepcopy(session.dense)
         self.plan = Plan([])
         self.watched: dict[str, float] | None = None
+        self.trainings = 0
 
     def stage(self, number: int, step: str) -> str:
         """The name under which a step of a round is journaled."""
         return f"{self.label}-{number:03d}-{step}"
 
-    def choose(self, number: int, ranking: Ranking) -> Choice | None:
-        """Rank what is left, fit the best legal edits and apply them; None when nothing is left that pays."""
-        stored = self.session.run.once(self.stage(number, "choice"), lambda: self._choose(ranking))
+    def prepare(self, method: Method, *, plain: bool = False) -> None:
+        """Train with the method's ingredient, if it has one, and keep its findings with the network.
+
+        plain: as many trainings without the ingredient, for a control.
+        """
+        if method.prepare is None:
+            return
+        session, weights = self.session, self.session.run.path(f"{self.label}-prepared.safetensors")
+        trained: list[int] = []
+
+        def train(network: fx.GraphModule, *, loss_terms: Sequence[LossTerm] = (), keep_zeros: bool = False) -> None:
+            name = f"{self.label}-prepare-{len(trained):03d}"
+            trained.append(1)
+            self._heal(network, name, loss_terms, keep_zeros)
+
+        def once() -> dict[str, Any]:
+            pool, found = session.pool(self.network), dict[str, float]()
+            if plain:
+                for _ in range(session.run.once("shrink-prepared", _unknown)["trainings"]):
+                    train(self.network)
+            elif pool and method.prepare is not None:
+                seed, loader = session.settings.seed, session.calibration
+                found = method.prepare(self.network, pool, train, session.config, loader=loader, seed=seed)
+            save_checkpoint(weights, model_tensors(self.network), {"label": self.label})
+            return {"found": found, "trainings": len(trained)}
+
+        stored = session.run.once(f"{self.label}-prepared", once)
+        for file in session.run.folder.glob(f"{self.label}-prepare-*-checkpoint.safetensors"):
+            file.unlink()
+        load_model_tensors(self.network, load_checkpoint(weights)[0], str(weights))
+        self.network.eval()
+        self.trainings += stored["trainings"]
+        keep(self.network, method.name, stored["found"])
+
+    def choose(self, number: int, ranking: Ranking, *, count: int | None = None) -> Choice | None:
+        """Rank what is left, fit the best legal edits and apply them; None when nothing is left that pays.
+
+        count: take that many candidates, whatever the method would select.
+        """
+        stored = self.session.run.once(self.stage(number, "choice"), lambda: self._choose(ranking, count))
         if not stored["names"]:
             return None
         plan = Plan.from_json(stored["plan"])
@@ -70,14 +110,16 @@ class Branch:
             refused=stored["refused"],
         )
 
-    def _choose(self, ranking: Ranking) -> dict[str, Any]:
+    def _choose(self, ranking: Ranking, count: int | None) -> dict[str, Any]:
         pool = self.session.pool(self.network)
         scores = ranking(self.network, pool) if pool else {}
         order = sorted(pool, key=lambda c: (scores[c.name], -c.macs_saved, c.name))
         taken: list[Candidate] = []
         plan, refused = Plan([]), {}
-        for candidate in order:
-            if len(taken) == self.session.settings.step:
+        wanted = order if count is not None else self._selected(order, scores)
+        limit = count or (self.session.settings.step if wanted is order else len(wanted))
+        for candidate in wanted:
+            if len(taken) == limit:
                 break
             try:
                 plan = self._extended(taken, candidate)
@@ -96,6 +138,23 @@ class Branch:
             "refused": refused,
         }
 
+    def _selected(self, order: list[Candidate], scores: dict[str, float]) -> list[Candidate]:
+        """The candidates that the method selects for this round; `order` itself where it leaves that to us."""
+        session, by_name = self.session, {c.name: c for c in order}
+        if session.method.select is None or not order:
+            return order
+
+        def losses(names: Sequence[str]) -> float:
+            network = self.network
+            if names:
+                network = self._extended([by_name[n] for n in names[:-1]], by_name[names[-1]]).apply(
+                    network, session.example, pad=session.settings.pad
+                )
+            return session.evaluate(network, session.calibration).loss
+
+        step = session.settings.step
+        return [by_name[n] for n in session.method.select(order, scores, session.config, losses=losses, step=step)]
+
     def _extended(self, taken: list[Candidate], candidate: Candidate) -> Plan:
         """The fitted plan of `taken` and one candidate more, tried on a copy; raises RefusedEdit where it cannot be."""
         session = self.session
@@ -107,10 +166,14 @@ class Branch:
     def heal(self, number: int, method: Method | None = None) -> None:
         """Train the network for one healing schedule, or read its weights back where that was done before.
 
+        Nothing is trained where the method does not heal after a removal.
         A `method` with observers has them in the graph meanwhile; what they found is kept in `watched` for the next
         ranking.
         """
         weights = self.weights(number)
+        if not self.session.heals and self.label != "dense":
+            save_checkpoint(weights, model_tensors(self.network), {"label": self.label, "round": number})
+            return
 
         def train() -> dict[str, Any]:
             watched = self._train(number, method)
@@ -118,6 +181,7 @@ class Branch:
             return {"watched": watched}
 
         self.watched = self.session.run.once(self.stage(number, "heal"), train)["watched"]
+        self.trainings += 1
         self._checkpoint(number).unlink(missing_ok=True)
         self.load(number)
 
@@ -126,24 +190,30 @@ class Branch:
         pool = session.pool(self.network) if method is not None and method.watch is not None else []
         if pool and method is not None and method.watch is not None:
             method.watch(self.network, pool, session.config, steps=len(session.train))  # type: ignore[arg-type]
-        teacher = session.dense if session.heal.distill > 0 else None
-        heal(
-            self.network,
-            session.train,
-            session.heal,
-            teacher=teacher,
-            loss_fn=session.loss_fn,
-            seed=session.settings.seed,
-            checkpoint=self._checkpoint(number),
-            label=f"{self.label}-{number:03d}",
-        )
-        self.network.eval()
+        self._heal(self.network, f"{self.label}-{number:03d}", (), session.method.keeps_zeros)
         self.network.zero_grad(set_to_none=True)
         watched = None
         if pool and method is not None and method.unwatch is not None:
             watched = method.score(self.network, pool, session.calibration, session.config, seed=session.settings.seed)
             method.unwatch(self.network)
         return watched
+
+    def _heal(self, network: fx.GraphModule, name: str, loss_terms: Sequence[LossTerm], keep_zeros: bool) -> None:
+        """One healing schedule, seeded and checkpointed under `name`."""
+        session = self.session
+        heal(
+            network,
+            session.train,
+            session.heal,
+            teacher=session.dense if session.heal.distill > 0 else None,
+            loss_fn=session.loss_fn,
+            seed=session.settings.seed,
+            checkpoint=session.run.path(f"{name}-checkpoint.safetensors"),
+            label=name,
+            loss_terms=loss_terms,
+            constraints=[zeros_kept(network)] if keep_zeros else (),
+        )
+        network.eval()
 
     def weights(self, number: int) -> Path:
         """The file that holds the healed weights of a round."""
@@ -161,6 +231,8 @@ class Branch:
     def at(self, number: int) -> Branch:
         """The branch as it was after healing round `number` (-1: the dense network), rebuilt from the run folder."""
         other = Branch(self.session, self.label)
+        other.prepare(self.session.method)
+        other.trainings += (number + 1) * self.session.heals
         for index in range(number + 1):
             other.choose(index, _never)
         if number >= 0:
@@ -172,10 +244,14 @@ def _never(*_: Any) -> dict[str, float]:
     raise PlanError("a round that was not run is asked for", fix="Start the run again in a fresh folder")
 
 
-def dense_again(session: Session, rounds: int) -> fx.GraphModule:
+def _unknown() -> dict[str, Any]:
+    raise PlanError("a training that was not run is asked for", fix="Start the run again in a fresh folder")
+
+
+def dense_again(session: Session, trainings: int) -> fx.GraphModule:
     """The control "dense + same training": the dense network healed as often as the winner, edits left out."""
     branch = Branch(session, "dense")
-    for number in range(rounds):
+    for number in range(trainings):
         branch.heal(number)
     return branch.network
 

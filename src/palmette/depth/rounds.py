@@ -39,6 +39,7 @@ class Round:
     latency_ms: float | None
     accepted: bool
     reason: str
+    removed: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """The round as JSON."""
@@ -105,6 +106,7 @@ def search(session: Session, baseline: dict[str, Any], say: Callable[[str], None
     goal = target_ms(settings.target_latency, dense_ms)
     patience = 1 if settings.reproduce else settings.patience
     branch, found, winner, misses = Branch(session, "shrink"), list[Round](), -1, 0
+    branch.prepare(session.method)
     scores: tuple[dict[str, Any], ...] = ()
     number, ended = 0, f"the limit of {_rounds(settings.rounds or 0)} was reached"
     while settings.rounds is None or number < settings.rounds:
@@ -148,6 +150,7 @@ def _round(session: Session, branch: Branch, number: int, choice: Choice, baseli
         latency_ms=cost["latency_ms"],
         accepted=accepted,
         reason=f"{abs(drop):.2f} points {'gained' if drop < 0 else 'lost'}, {session.settings.max_drop:g} allowed",
+        removed=len(choice.names),
     )
 
 

@@ -104,12 +104,20 @@ class Session:
         return site.kind == kind and not is_protected(site.path, self.protect)
 
     def edits(self, candidate: Candidate) -> list[Edit]:
-        """The method's edit for every site of a candidate: drop for blocks, linearize for activations."""
+        """The method's edit for every site of a candidate: its own, else drop for blocks, linearize for activations."""
+        if self.method.edits is not None:
+            return list(self.method.edits(candidate, self.config))
         paper = self.settings.reproduce
         fit = "identity" if paper else getattr(self.config, "fit", "affine")
         return [
-            drop(site) if site.kind == "block" else linearize(site, fit=fit, force=paper) for site in candidate.sites
+            linearize(site, fit=fit, force=paper) if site.kind == "activation" else drop(site)
+            for site in candidate.sites
         ]
+
+    @property
+    def heals(self) -> bool:
+        """Whether the method heals after a removal under its config."""
+        return self.method.heals is None or bool(self.method.heals(self.config))
 
     def evaluate(self, network: nn.Module, loader: Iterable[Any]) -> Evaluation:
         """Accuracy of a network on a loader, in eval mode."""

@@ -26,6 +26,7 @@ from palmette.seeding import preserved
 from palmette.train.batches import check_iterable, check_repeatable
 from palmette.train.checkpoint import load_model_tensors
 from palmette.train.config import HealConfig
+from palmette.train.constraints import Constraint
 from palmette.train.labels import LossFn
 from palmette.train.trainer import LossTerm, Stored, Task, Trainer, check_task, make_fabric
 
@@ -47,6 +48,7 @@ def heal(
     label: str = "heal",
     fabric: Fabric | None = None,
     loss_terms: Sequence[LossTerm] = (),
+    constraints: Sequence[Constraint] = (),
 ) -> History:
     """Train `model` in place and return the history; the model is left in eval mode, on the device where it was.
 
@@ -54,6 +56,7 @@ def heal(
     teacher: the network to distil from, used in eval mode with config.distill > 0 and left untouched.
     loss_fn: `loss_fn(logits, target)` -> mean over the batch; cross entropy by default.
     loss_terms: `term(model, inputs, output)` -> scalar added to the loss; a term must not keep state of its own.
+    constraints: functions without arguments, called after each step to restore what must hold (`zeros_kept`).
     checkpoint: a file to store the state in. If it exists, training goes on from there; if it is finished, its weights
     are loaded and nothing else happens.
     fabric: a launched Fabric for several devices (then whole epochs only are stored); by default one device, a GPU if
@@ -70,6 +73,7 @@ def heal(
         teacher=teacher,
         loss_fn=loss_fn,
         loss_terms=loss_terms,
+        constraints=constraints,
         seed=seed,
         label=label,
         checkpoint=None if checkpoint is None else Path(checkpoint),

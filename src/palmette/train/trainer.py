@@ -29,6 +29,7 @@ from palmette.train.checkpoint import (
     save_checkpoint,
 )
 from palmette.train.config import HealConfig
+from palmette.train.constraints import Constraint
 from palmette.train.distill import distillation_loss
 from palmette.train.labels import LossFn, check_labels, is_cross_entropy, task_loss
 from palmette.train.progress import Report, progress
@@ -52,6 +53,7 @@ class Task:
     teacher: nn.Module | None
     loss_fn: LossFn | None
     loss_terms: Sequence[LossTerm]
+    constraints: Sequence[Constraint]
     seed: int
     label: str
     checkpoint: Path | None
@@ -193,6 +195,8 @@ class Trainer:
         if self.config.clip is not None:
             self.fabric.clip_gradients(self.wrapped, self.stepper, max_norm=self.config.clip, error_if_nonfinite=False)
         self.stepper.step()
+        for restore in self.task.constraints:
+            restore()
 
     def _loss(self, inputs: Any, target: Any, output: Any) -> Tensor:
         """Task, distillation and extra terms. Labels are checked where they can be read without making a GPU wait."""
