@@ -28,6 +28,9 @@ class Candidate:
     """One possible removal: the sites that go together, and what that is predicted to save per sample.
 
     `pays`: whether it saves something on the chosen cost (ms with a timing table, else MACs); `reason` says why not.
+    `edit`: what is done at each site ("linearize", "drop", "fit_linear", "parallelize" or "identity"). `reach`: half-open
+    interval of positions, in execution order of the graph given, of the nodes that it changes: candidates whose reaches
+    are disjoint can be done together.
     """
 
     name: str
@@ -36,6 +39,8 @@ class Candidate:
     ms_saved: float | None
     pays: bool
     reason: str
+    edit: str = "linearize"
+    reach: tuple[int, int] = (0, 0)
 
 
 def candidates(
