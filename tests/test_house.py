@@ -25,7 +25,7 @@ ROOMS = (
     ("run", "registry", "zoo", "data"),
     ("graph", "meter"),  # a merge is timed by the meter, the meter reads captured graphs; no cycle between modules
     ("train",),
-    ("resolve", "deploy", "report"),
+    ("resolve", "deploy", "report", "trials"),
     ("depth", "adapt", "supernet", "sparsity", "fairness"),
     ("cli",),
     ("__main__", "__init__"),

@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from palmette.errors import RunError
 
 TEMPORARY_PREFIX = ".tmp-"
@@ -73,6 +75,22 @@ def write_json(path: str | Path, value: Any) -> None:
     except (TypeError, ValueError) as error:
         raise RunError("A value cannot be stored as JSON", where=str(path), why=str(error)) from error
     write_atomic(path, text + "\n")
+
+
+def plain(value: Any, what: str) -> Any:
+    """`value` as JSON gives it back: NumPy numbers and arrays become plain ones, tuples lists. Raises RunError."""
+
+    def default(item: Any) -> Any:
+        if isinstance(item, np.generic | np.ndarray):
+            return item.tolist()
+        if isinstance(item, Path):
+            return str(item)
+        raise TypeError(f"{type(item).__name__} is no JSON value")
+
+    try:
+        return json.loads(json.dumps(value, default=default))
+    except (TypeError, ValueError) as error:
+        raise RunError(f"{what[0].upper()}{what[1:]} cannot be stored", why=str(error)) from error
 
 
 def read_bytes(path: str | Path) -> bytes:

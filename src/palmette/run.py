@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import errno
 import importlib.metadata
-import json
 import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
-import numpy as np
 import torch
 
 from palmette.errors import RunError
-from palmette.files import TEMPORARY_PREFIX, read_json, remove_leftovers, write_json
+from palmette.files import TEMPORARY_PREFIX, plain, read_json, remove_leftovers, write_json
 from palmette.seeding import seeded
 
 _PACKAGES = (
@@ -56,7 +54,7 @@ class Run:
         self.folder = Path(folder)
         self.seed = seed
         self.command = command
-        self.config: dict[str, Any] = _plain(config or {}, "the configuration")
+        self.config: dict[str, Any] = plain(config or {}, "the configuration")
         self._check_content(resume)
         self._lock = self._prepare()
         remove_leftovers(self.folder)
@@ -97,7 +95,7 @@ class Run:
                 )
             return stored["value"]
         with seeded(self.seed, "stage", name):
-            value = _plain(fn(), f"the result of stage {name!r}")
+            value = plain(fn(), f"the result of stage {name!r}")
         write_json(file, {"stage": name, "value": value})
         return value
 
@@ -216,22 +214,6 @@ def _processor() -> str:
     except OSError:
         return platform.processor() or platform.machine()
     return platform.processor() or platform.machine()
-
-
-def _plain(value: Any, what: str) -> Any:
-    """`value` as JSON gives it back: NumPy numbers and arrays become plain ones, tuples lists. Raises RunError."""
-
-    def default(item: Any) -> Any:
-        if isinstance(item, np.generic | np.ndarray):
-            return item.tolist()
-        if isinstance(item, Path):
-            return str(item)
-        raise TypeError(f"{type(item).__name__} is no JSON value")
-
-    try:
-        return json.loads(json.dumps(value, default=default))
-    except (TypeError, ValueError) as error:
-        raise RunError(f"{what[0].upper()}{what[1:]} cannot be stored", why=str(error)) from error
 
 
 def _try_lock(file: TextIO) -> bool:
