@@ -166,6 +166,10 @@ BAD = {
     "warmup": [-0.1, 1.0],
     "distill": [1.1, -0.1],
     "temperature": [0.0],
+    "features": [-0.1, math.inf],
+    "fade": [-0.1, 1.0],
+    "begin": [-0.1, 1.0],
+    "end": [0.0, 1.1],
     "precision": ["8-bit"],
     "clip": [0.0],
     "checkpoint_seconds": [-1.0],
@@ -186,6 +190,13 @@ def test_the_recipe_leaves_out_how_often_checkpoints_are_written():
     assert often.recipe() == HealConfig().recipe()
     assert often.to_dict() != HealConfig().to_dict()
     assert HealConfig(**often.to_dict()) == often
+
+
+def test_the_recipe_is_that_of_the_first_version_until_a_later_field_is_used():
+    later = {"features", "fade", "begin", "end"}
+    assert not later & HealConfig().recipe().keys()
+    assert HealConfig(features=0.5, fade=0.2).recipe().items() >= {("features", 0.5), ("fade", 0.2)}
+    assert HealConfig(begin=0.2, end=0.4).recipe().items() >= {("begin", 0.2), ("end", 0.4)}
 
 
 def test_the_rate_rises_and_falls():

@@ -50,6 +50,16 @@ def shrink(
     distill: Annotated[
         float | None, typer.Option(help="Weight of distillation from the dense network, 0 (if not given) to 1.")
     ] = None,
+    temperature: Annotated[float | None, typer.Option(help="Softening of distillation; 2 if not given.")] = None,
+    features: Annotated[
+        float | None, typer.Option(help="Weight of distillation inside the network, 0 (if not given) or more.")
+    ] = None,
+    fade: Annotated[
+        float | None, typer.Option(help="Share of healing over which an edit is faded in, 0 (if not given) to 1.")
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="Healing precision: auto (if not given), 32-true, bf16-mixed, 16-mixed, ...")
+    ] = None,
     calibration_batches: Annotated[int, typer.Option(help="Batches for scores and fits.")] = 32,
     controls: Annotated[bool, typer.Option(help="Also train dense + same training and random removal.")] = True,
     reproduce: Annotated[bool, typer.Option("--reproduce", help="The method in its paper's form.")] = False,
@@ -68,7 +78,16 @@ def shrink(
     from palmette.depth.shrink import check_request
     from palmette.depth.shrink import shrink as shrink_network
 
-    heal = opt.heal_config(epochs=epochs, lr=lr, optimizer=optimizer, distill=distill)
+    heal = opt.heal_config(
+        epochs=epochs,
+        lr=lr,
+        optimizer=optimizer,
+        distill=distill,
+        temperature=temperature,
+        features=features,
+        fade=fade,
+        precision=precision,
+    )
     check_request(method, reproduce=reproduce, max_drop=max_drop, target_latency=target_latency)
     resolved, found = opt.load_pair(model, weights, data, image_size, batch_size, seed, trust)
     opt.warn_of_random_weights(model, weights)

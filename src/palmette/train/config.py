@@ -32,6 +32,14 @@ class HealConfig:
     """Weight w of the distillation term, in [0, 1]: loss = (1 - w) task + w distillation."""
     temperature: float = 2.0
     """Softening of both distributions in the distillation term, > 0."""
+    features: float = 0.0
+    """Weight of the feature term, >= 0: the relative squared error against the teacher inside the network is added."""
+    fade: float = 0.0
+    """Share of all steps over which an edit is faded in, in [0, 1); 0 makes it at once. Read by `heal_fading`."""
+    begin: float = 0.0
+    """Where in the schedule to start, a share of its steps in [0, 1): what lies before is left out."""
+    end: float = 1.0
+    """Where in the schedule to stop, a share of its steps in (begin, 1]."""
     precision: str = "auto"
     """One of Fabric's names; "auto" is the model's own precision on a CPU and mixed precision on a GPU."""
     clip: float | None = 5.0
@@ -51,6 +59,10 @@ class HealConfig:
         self._check("warmup", 0 <= self.warmup < 1, "in [0, 1)")
         self._check("distill", 0 <= self.distill <= 1, "in [0, 1]")
         self._check("temperature", 0 < self.temperature < math.inf, "> 0")
+        self._check("features", 0 <= self.features < math.inf, ">= 0")
+        self._check("fade", 0 <= self.fade < 1, "in [0, 1)")
+        self._check("begin", 0 <= self.begin < 1, "in [0, 1)")
+        self._check("end", self.begin < self.end <= 1, "in (begin, 1]")
         self._check("precision", self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
         self._check("clip", self.clip is None or self.clip > 0, "> 0 or None")
         self._check("checkpoint_seconds", self.checkpoint_seconds >= 0, ">= 0")
@@ -68,8 +80,16 @@ class HealConfig:
         return dataclasses.asdict(self)
 
     def recipe(self) -> dict[str, Any]:
-        """The fields that decide the weights: all but how often checkpoints are written."""
-        return {name: value for name, value in self.to_dict().items() if not name.startswith("checkpoint_")}
+        """The fields that decide the weights: all but how often checkpoints are written.
+
+        Fields added since the first version count where they differ from their default, so that older runs go on.
+        """
+        later = {name: getattr(HealConfig, name) for name in ("features", "fade", "begin", "end")}
+        return {
+            name: value
+            for name, value in self.to_dict().items()
+            if not name.startswith("checkpoint_") and not (name in later and value == later[name])
+        }
 
     def rate(self, done: float) -> float:
         """Learning rate when the share `done` of all steps, in [0, 1], lies behind."""
