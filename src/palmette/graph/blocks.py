@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
-from palmette.graph.ops import IDEMPOTENT, is_mutable, is_state, op_name, skip_transparent
+from palmette.graph.ops import IDEMPOTENT, is_mutable, is_state, module_of, op_name, skip_transparent
 
 
 @dataclass(frozen=True)
 class Block:
     """`output` = `source` + branch(`source`) (or two branches); `region`: the nodes between.
 
-    Dropping it means output := source.
+    An activation or a norm behind the sum belongs to the block where the source came out of the same one, as in
+    post-activation and post-norm networks. Dropping it means output := source.
     """
 
     path: str
@@ -36,7 +38,7 @@ def find_blocks(gm: fx.GraphModule) -> list[Block]:
         if found_block is None:
             continue
         source, output, region, reason = found_block
-        base = _common_owner([n for n in region if not is_state(n)]) or str(output.meta["path"])
+        base = _common_owner([n for n in region if not is_state(n)]) or str(node.meta["path"])
         path = base if not seen[base] else f"{base}#{seen[base]}"
         path = node.meta.setdefault("block", path)
         seen[base] += 1
@@ -78,7 +80,7 @@ def _block_at(
         if all(u in region for n in region if n is not node for u in n.users):
             if not _has_branch(node, region):
                 continue
-            return (*_with_activation(source, node, region), _reason(source, node, region))
+            return (*_with_follower(gm, source, node, region), _reason(source, node, region))
         if skip_transparent(gm, left) is source or skip_transparent(gm, right) is source:
             return None
     return None
@@ -89,16 +91,29 @@ def _has_branch(node: fx.Node, region: frozenset[fx.Node]) -> bool:
     return any(n.op == "call_module" or any(is_state(i) for i in n.all_input_nodes) for n in region if n is not node)
 
 
-def _with_activation(
-    source: fx.Node, node: fx.Node, region: frozenset[fx.Node]
+def _with_follower(
+    gm: fx.GraphModule, source: fx.Node, node: fx.Node, region: frozenset[fx.Node]
 ) -> tuple[fx.Node, fx.Node, frozenset[fx.Node]]:
-    """Take in the activation behind the sum if the block's input came out of the same one (f(f(x)) = f(x))."""
+    """Take in what stands behind the sum if the block's input came out of the same: f(f(x)) = f(x), a norm likewise."""
     if len(node.users) == 1:
         user = next(iter(node.users))
         same = op_name(user) == op_name(source) and op_name(user) in IDEMPOTENT
         if same and user.args[0] is node and user.args[1:] == source.args[1:] and user.kwargs == source.kwargs:
             return source, user, region | {user}
+        kind = _norm_kind(gm, user)
+        if kind is not None and user.args[0] is node and kind == _norm_kind(gm, skip_transparent(gm, source)):
+            return source, user, region | {user}
     return source, node, region
+
+
+def _norm_kind(gm: fx.GraphModule, node: fx.Node) -> tuple[Any, ...] | None:
+    """What makes two norms of each token alike, their scale and offset aside; None for any other node."""
+    module: Any = module_of(gm, node)
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        return type(module), tuple(module.normalized_shape)
+    if op_name(node) in ("layer_norm", "rms_norm"):
+        return op_name(node), tuple(node.args[1])  # type: ignore[arg-type]
+    return None
 
 
 def _reason(source: fx.Node, node: fx.Node, region: frozenset[fx.Node]) -> str:

@@ -1,0 +1,165 @@
+"""Blend sites of a captured graph during training: what goes on is a mix of a site's output and its replacement.
+
+The modules sit in the graph itself, so that they train, checkpoint and move with the network, and leave no trace once
+they are taken out. A learnt mix is Layer Folding (Ben Dror et al., BMVC 2022); a mix that moves by a schedule is a
+gradual edit.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, fx, nn
+
+from palmette.errors import PlanError
+from palmette.graph.activations import find_activations
+from palmette.graph.blocks import find_blocks
+from palmette.graph.ops import module_of
+from palmette.graph.sites import site_axis
+
+if TYPE_CHECKING:
+    from palmette.graph.plan import Edit
+
+_MARK = "blend"  # node metadata: the path of the site that the node blends
+
+
+class Blend(nn.Module):
+    """`share * fit(z) + (1 - share) * y` of a site's input z and output y, with the scalar `share` clipped at >= 0.
+
+    fit(z) is z itself, or `slope * z + offset` with one number each per channel of `axis`. At share 0 the network is as
+    it was, at 1 as if the site were replaced by the fit. learnable: the share is a parameter that trains with the
+    network (without weight decay, being a scalar); otherwise set it with `set_share`.
+    """
+
+    share: Tensor
+    slope: Tensor | None
+    offset: Tensor | None
+
+    def __init__(
+        self,
+        slope: Tensor | None = None,
+        offset: Tensor | None = None,
+        axis: int = -1,
+        *,
+        share: float = 0.0,
+        learnable: bool = True,
+    ) -> None:
+        super().__init__()
+        self.axis = axis
+        start = torch.tensor(float(share))
+        if learnable:
+            self.share = nn.Parameter(start)
+        else:
+            self.register_buffer("share", start)
+        self.register_buffer("slope", None if slope is None else slope.detach().clone())
+        self.register_buffer("offset", None if offset is None else offset.detach().clone())
+
+    def fit(self, before: Tensor) -> Tensor:
+        """What replaces the site's output: [batch, ...] -> the same shape."""
+        shape = [1] * before.dim()
+        shape[self.axis] = -1
+        fitted = before if self.slope is None else before * self.slope.view(shape)
+        return fitted if self.offset is None else fitted + self.offset.view(shape)
+
+    def forward(self, before: Tensor, after: Tensor) -> Tensor:
+        """The mix of the site's input and output, of their shape."""
+        if self.training:
+            with torch.no_grad():  # a projection, so that a share that fell below 0 still feels its gradient
+                self.share.clamp_(min=0)
+        share = self.share.to(after.dtype)
+        return share * self.fit(before) + (1 - share) * after
+
+    def set_share(self, share: float) -> None:
+        """Set the share by hand, as a schedule does."""
+        with torch.no_grad():
+            self.share.fill_(share)
+
+    def extra_repr(self) -> str:
+        """The present share, for printing."""
+        return f"share={float(self.share):.3g}"
+
+
+def blend_towards(gm: fx.GraphModule, edit: Edit, *, share: float = 0.0, learnable: bool = True) -> Blend:
+    """A Blend that becomes, at share 1, what a fitted edit puts in place of its site: a linearisation, or nothing.
+
+    Padding is not moved. Raises PlanError when the edit is not fitted or names an activation that is not there.
+    """
+    if not edit.fitted:
+        raise PlanError(f"The edit of '{edit.site}' has no slopes yet", fix="Call plan.fit(model, loader) first.")
+    if edit.kind != "linearize" or edit.slope is None or edit.offset is None:
+        return Blend(share=share, learnable=learnable)
+    activation = next((a for a in find_activations(gm) if a.path == edit.site), None)
+    if activation is None:
+        raise _no_site(edit.site)
+    slope, offset = (torch.tensor(values, dtype=torch.float64) for values in (edit.slope, edit.offset))
+    return Blend(slope, offset, site_axis(gm, activation), share=share, learnable=learnable)
+
+
+def insert_blends(gm: fx.GraphModule, targets: Mapping[str, nn.Module]) -> None:
+    """Put a module behind each named activation or block of a captured graph, in place.
+
+    It receives (input, output) of the site, both [batch, ...], as they are in the blended network, and returns what
+    goes on instead of the output, of its shape. Modules take on the mode, device and floating dtype of the network.
+    Raises PlanError for a path that is no site, or one that is blended already; the graph is then untouched.
+    """
+    activations = {a.path: (a.source, a.output) for a in find_activations(gm)}
+    blocks = {b.path: (b.source, b.output) for b in find_blocks(gm)}
+    present = _blended(gm)
+    for path in targets:
+        if path in present:
+            raise PlanError(f"'{path}' is blended already", fix="Call remove_blends first.")
+        if path not in activations and path not in blocks:
+            raise _no_site(path)
+    latest: dict[fx.Node, fx.Node] = {node.args[1]: node for node in present.values()}  # type: ignore[misc]
+    # Activations first: where a block ends in an activation, the block's blend has to see what that one gives.
+    for path in sorted(targets, key=lambda path: path not in activations):
+        source, output = activations[path] if path in activations else blocks[path]
+        _insert(gm, path, targets[path], _newest(latest, source), _newest(latest, output), latest)
+    gm.recompile()
+
+
+def _insert(
+    gm: fx.GraphModule, path: str, module: nn.Module, source: fx.Node, output: fx.Node, latest: dict[fx.Node, fx.Node]
+) -> None:
+    like = next((p for p in gm.parameters() if p.is_floating_point()), None)
+    name = next(n for i in range(len(gm._modules) + 1) if (n := f"palmette_blend_{i}") not in gm._modules)
+    gm.add_module(name, (module if like is None else module.to(like)).train(gm.training))
+    with gm.graph.inserting_after(output):
+        node = gm.graph.call_module(name, (source, output))
+    node.meta.update({key: output.meta[key] for key in ("shape", "dtype")}, path=name)
+    node.meta[_MARK] = path
+    output.replace_all_uses_with(node, delete_user_cb=partial(operator.is_not, node))
+    latest[output] = node
+
+
+def _newest(latest: dict[fx.Node, fx.Node], node: fx.Node) -> fx.Node:
+    """What the network now reads where it read `node`."""
+    while node in latest:
+        node = latest[node]
+    return node
+
+
+def blends(gm: fx.GraphModule) -> dict[str, nn.Module]:
+    """The modules that `insert_blends` has put in, by the path of their site, in execution order."""
+    return {path: module for path, node in _blended(gm).items() if (module := module_of(gm, node)) is not None}
+
+
+def _blended(gm: fx.GraphModule) -> dict[str, fx.Node]:
+    return {str(node.meta[_MARK]): node for node in gm.graph.nodes if _MARK in node.meta}
+
+
+def remove_blends(gm: fx.GraphModule) -> None:
+    """Take out whatever `insert_blends` has put in, in place: code and names of the state are as before it."""
+    for node in reversed(_blended(gm).values()):
+        node.replace_all_uses_with(node.args[1])  # type: ignore[arg-type]
+        gm.graph.erase_node(node)
+        delattr(gm, str(node.target))
+    gm.recompile()
+
+
+def _no_site(path: str) -> PlanError:
+    return PlanError(f"No site is called '{path}'", fix="List the sites with `palmette sites` or pm.find_sites.")

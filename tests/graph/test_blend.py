@@ -1,0 +1,154 @@
+"""Blends: the mix is the stated one, sites inside sites nest, and nothing is left once they are out."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from palmette.errors import PlanError
+from palmette.graph import Plan, capture, drop, find_sites, linearize
+from palmette.graph.blend import Blend, blend_towards, blends, insert_blends, remove_blends
+
+
+class _Post(nn.Module):
+    """Two residual blocks that end in a ReLU: the output of an activation is also that of a block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(2, 6, 3, padding=1), nn.Linear(6, 3)
+        self.convs = nn.ModuleList(nn.Conv2d(6, 6, 3, padding=1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        for i in (0, 2):
+            x = F.relu(x + self.convs[i + 1](F.silu(self.convs[i](x))))
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    return capture(_Post().eval(), torch.randn(2, 2, 6, 6))
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(5, 2, 6, 6, generator=torch.Generator().manual_seed(3))
+
+
+def paths(network, kind: str) -> list[str]:
+    return [site.path for site in find_sites(network, torch.zeros(2, 2, 6, 6)) if site.kind == kind]
+
+
+def test_at_share_zero_the_network_is_as_it_was_and_without_them_it_is_the_same_code(network, x):
+    before, code, names = network(x), network.code, list(network.state_dict())
+    sites = paths(network, "activation") + paths(network, "block")
+    insert_blends(network, {path: Blend() for path in sites})
+    assert set(blends(network)) == set(sites)
+    assert network.code != code
+    assert torch.equal(network(x), before)
+    remove_blends(network)
+    assert network.code == code
+    assert list(network.state_dict()) == names
+    assert torch.equal(network(x), before)
+    assert blends(network) == {}
+
+
+@settings(max_examples=20, deadline=None)
+@given(shares=st.lists(st.floats(0, 1), min_size=7, max_size=7))
+def test_the_mix_is_the_one_written_by_hand(shares):
+    torch.manual_seed(0)
+    model = _Post().eval()
+    network, x = capture(model, torch.randn(2, 2, 6, 6)), torch.randn(3, 2, 6, 6)
+    stem, first, first_out, second, second_out = paths(network, "activation")
+    blocks = paths(network, "block")
+    sites = [stem, first, first_out, blocks[0], second, second_out, blocks[1]]
+    insert_blends(network, {path: Blend(share=s) for path, s in zip(reversed(sites), reversed(shares), strict=True)})
+
+    def mix(share: float, z: Tensor, y: Tensor) -> Tensor:
+        return share * z + (1 - share) * y
+
+    with torch.no_grad():
+        z = model.stem(x)
+        h = mix(shares[0], z, F.relu(z))
+        for i, (inner, outer, block) in ((0, shares[1:4]), (2, shares[4:7])):
+            z = model.convs[i](h)
+            total = h + model.convs[i + 1](mix(inner, z, F.silu(z)))
+            h = mix(block, h, mix(outer, total, F.relu(total)))
+        torch.testing.assert_close(network(x), model.head(h.mean((2, 3))), atol=1e-5, rtol=1e-5)
+
+
+def test_at_share_one_it_is_the_edited_network(network, x):
+    inner, block = paths(network, "activation")[1], paths(network, "block")[1]
+    plan = Plan([linearize(inner, force=True), drop(block)]).fit(network, [x], x[:2])
+    edited = plan.apply(network, x[:2], pad="exact")
+    insert_blends(network, {edit.site: blend_towards(network, edit, share=1.0) for edit in plan})
+    torch.testing.assert_close(network(x), edited(x))
+
+
+def test_an_unfitted_edit_and_an_unknown_site_are_refused(network):
+    inner = paths(network, "activation")[1]
+    with pytest.raises(PlanError, match="no slopes"):
+        blend_towards(network, linearize(inner))
+    code = network.code
+    with pytest.raises(PlanError, match="No site is called 'nothing'"):
+        insert_blends(network, {inner: Blend(), "nothing": Blend()})
+    assert network.code == code
+
+
+def test_a_site_is_blended_once_and_further_ones_may_follow(network, x):
+    inner, block = paths(network, "activation")[1], paths(network, "block")[0]
+    code = network.code
+    insert_blends(network, {block: Blend(share=0.5)})
+    insert_blends(network, {inner: Blend(share=0.5)})
+    with pytest.raises(PlanError, match="blended already"):
+        insert_blends(network, {inner: Blend()})
+    after = network(x)
+    remove_blends(network)
+    assert network.code == code
+    insert_blends(network, {inner: Blend(share=0.5), block: Blend(share=0.5)})
+    assert torch.equal(network(x), after)
+
+
+def test_shares_train_survive_a_copy_and_do_not_fall_below_zero(network, x):
+    inner = paths(network, "activation")[1]
+    insert_blends(network, {inner: Blend()})
+    twin = copy.deepcopy(network).train()
+    (blend,) = blends(twin).values()
+    for sign in (-1.0, 1.0):
+        twin.zero_grad()
+        twin(x).square().sum().backward()
+        assert blend.share.grad is not None
+        assert bool(blend.share.grad != 0)
+        blend.set_share(-1.0)
+        twin.zero_grad()
+        (sign * blend(x, x.relu()).sum()).backward()
+        assert float(blend.share.detach()) == 0.0
+        assert float(blend.share.grad) == pytest.approx(sign * float((x - x.relu()).sum()), rel=1e-5)
+    assert float(blends(network)[inner].share.detach()) == 0.0
+
+
+def test_a_scheduled_share_is_no_parameter(network, x):
+    inner = paths(network, "activation")[1]
+    known = len(list(network.parameters()))
+    insert_blends(network, {inner: Blend(learnable=False)})
+    before = network(x)
+    assert len(list(network.parameters())) == known
+    blends(network)[inner].set_share(1.0)
+    assert not torch.allclose(network(x), before)
+
+
+def test_modules_take_on_mode_and_dtype(network):
+    inner = paths(network, "activation")[1]
+    network.double().train()
+    insert_blends(network, {inner: Blend(torch.ones(6), torch.zeros(6), axis=1)})
+    (blend,) = blends(network).values()
+    assert blend.training
+    assert blend.slope.dtype == torch.float64
+    assert network(torch.randn(2, 2, 6, 6, dtype=torch.float64)).dtype == torch.float64
