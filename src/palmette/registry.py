@@ -122,7 +122,7 @@ class Method:
     candidates go together in a round (default: the `step` lowest); `losses(names)` is the loss on the calibration set
     with these edited, of the present network for (). `edits(candidate, config) -> [Edit]`: default the candidate's own
     edit at each site. `heals(config)`: whether a removal is followed by healing (default yes). `keeps_zeros`: weights
-    that are exactly 0 stay 0 in healing.
+    that are exactly 0 stay 0 in healing. `search(session, baseline, say)`: a search of its own in place of the rounds.
     """
 
     name: str
@@ -142,6 +142,7 @@ class Method:
     edits: Callable[..., list[Any]] | None = None
     heals: Callable[..., bool] | None = None
     keeps_zeros: bool = False
+    search: Callable[..., Any] | None = None
 
     def make_config(self, **options: Any) -> MethodConfig:
         """The method's config from options; raises InputError for an option it does not know (suggests the nearest)."""
@@ -174,7 +175,8 @@ def method(
 ) -> Callable[[F], F]:
     """Register the decorated score function as a method; its wing is the package that its file lies in.
 
-    `hooks`: the optional fields of `Method` (watch, unwatch, prepare, select, edits, heals, keeps_zeros).
+    `hooks`: the optional fields of `Method` (watch, unwatch, prepare, select, edits, heals, keeps_zeros,
+    search).
 
     Raises InputError when another file has registered the same name.
     """

@@ -37,11 +37,14 @@ def contenders(session: Session, found: Search, winner: nn.Module, plan: Plan) -
     chosen = found.branch.at(found.winner)
     again = dense_again(session, chosen.trainings)
     rows.append(Contender(name="dense + same training", network=again, plan=Plan([])))
-    return [*rows, random_control(session, [entry.removed for entry in found.rounds[: found.winner + 1]])]
+    counts = [entry.removed for entry in found.rounds[: found.winner + 1]]
+    drawn = found.random(found.winner) if found.random else random_branch(session, counts)
+    small, _ = collapse(drawn.network, cost=session.table)
+    return [*rows, Contender(name="random removal", network=small, plan=drawn.plan)]
 
 
-def random_control(session: Session, counts: list[int]) -> Contender:
-    """As many removals a round as the winner's, drawn from the same candidates, with the same training; collapsed."""
+def random_branch(session: Session, counts: list[int]) -> Branch:
+    """As many removals a round as the winner's, drawn from the same candidates, with the same training."""
     branch = Branch(session, "random")
     branch.prepare(session.method, plain=True)
     seed = session.settings.seed
@@ -52,8 +55,7 @@ def random_control(session: Session, counts: list[int]) -> Contender:
     for number, count in enumerate(counts):
         branch.choose(number, ranking, count=count)
         branch.heal(number)
-    small, _ = collapse(branch.network, cost=session.table)
-    return Contender(name="random removal", network=small, plan=branch.plan)
+    return branch
 
 
 def account(session: Session, rows: list[Contender]) -> list[dict[str, Any]]:

@@ -97,8 +97,10 @@ class Branch:
         count: take that many candidates, whatever the method would select.
         """
         stored = self.session.run.once(self.stage(number, "choice"), lambda: self._choose(ranking, count))
-        if not stored["names"]:
-            return None
+        return self.take(stored) if stored["names"] else None
+
+    def take(self, stored: dict[str, Any]) -> Choice:
+        """Apply a journaled choice."""
         plan = Plan.from_json(stored["plan"])
         self.network = plan.apply(self.network, self.session.example, pad=self.session.settings.pad)
         self.plan = self.plan + plan

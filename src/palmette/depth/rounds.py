@@ -48,13 +48,18 @@ class Round:
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """What the rounds found: the branch, all rounds, the deepest accepted one (-1: none) and why they ended."""
+    """What the rounds found: the branch, all rounds, the deepest accepted one (-1: none) and why they ended.
 
-    branch: Branch
+    `branch.at(number)` rebuilds the network of a round. `random(number)`: the control of a round, where it is not as
+    many random removals a round.
+    """
+
+    branch: Any
     rounds: tuple[Round, ...]
     winner: int
     first_scores: tuple[dict[str, Any], ...]
     ended: str
+    random: Callable[[int], Branch] | None = None
 
 
 def rank(session: Session, branch: Branch | None = None) -> Any:
@@ -117,7 +122,7 @@ def search(session: Session, baseline: dict[str, Any], say: Callable[[str], None
         scores = choice.scores if number == 0 else scores
         entry = _round(session, branch, number, choice, baseline)
         found.append(entry)
-        say(_line(entry, session))
+        say(line(entry, session))
         winner, misses = (number, 0) if entry.accepted else (winner, misses + 1)
         if entry.accepted and goal is not None and entry.latency_ms is not None and entry.latency_ms <= goal:
             ended = f"the target of {goal:.3g} ms is reached: {entry.latency_ms:.3g} ms"
@@ -136,6 +141,18 @@ def _round(session: Session, branch: Branch, number: int, choice: Choice, baseli
     branch.heal(number, session.method if session.settings.reproduce else None)
     cost = session.run.once(branch.stage(number, "cost"), lambda: cost_of(session, branch, number))
     seen = session.run.once(branch.stage(number, "val"), lambda: summary(session.evaluate(branch.network, session.val)))
+    return round_of(session, number, choice, cost, seen, baseline)
+
+
+def round_of(
+    session: Session,
+    number: int,
+    choice: Choice,
+    cost: dict[str, Any],
+    seen: dict[str, Any],
+    baseline: dict[str, Any],
+) -> Round:
+    """A round as it is reported, from its choice, its cost and its validation summary beside the dense network's."""
     drop = 100 * (baseline["accuracy"] - seen["accuracy"])
     accepted = drop <= session.settings.max_drop
     return Round(
@@ -154,11 +171,12 @@ def _round(session: Session, branch: Branch, number: int, choice: Choice, baseli
     )
 
 
-def _line(entry: Round, session: Session) -> str:
+def line(entry: Round, session: Session, what: str = "") -> str:
+    """A round in words; `what`: in place of the names of what was removed."""
     clock = "" if entry.latency_ms is None else f", {entry.latency_ms:.3g} ms ({session.table.runtime})"
     verdict = "accepted" if entry.accepted else "missed"
     accuracy = f"{100 * entry.val_accuracy:.2f} % on validation"
-    return f"round {entry.round + 1}: without {entry.candidate}: {accuracy}{clock}: {verdict}, {entry.reason}"
+    return f"round {entry.round + 1}: without {what or entry.candidate}: {accuracy}{clock}: {verdict}, {entry.reason}"
 
 
 def _rounds(number: int) -> str:

@@ -83,6 +83,7 @@ class Session:
     protect: tuple[str, ...] = ()
     loss_fn: Callable[..., Any] | None = None
     metric: Callable[..., Any] | None = None
+    ray: str | None = None
 
     @property
     def single(self) -> Example:

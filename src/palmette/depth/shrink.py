@@ -293,7 +293,7 @@ def _run(session: Session, names: dict[str, str], keep: Path | None, say: Say) -
     settings = session.settings
     baseline = session.run.once("baseline", lambda: summary(session.evaluate(session.dense, session.val)))
     say(f"dense network: {100 * baseline['accuracy']:.2f} % on {baseline['n']:,} validation samples")
-    found = search(session, baseline, say)
+    found = (session.method.search or search)(session, baseline, say)
     figures = {
         "schema": 1,
         "command": names["command"],

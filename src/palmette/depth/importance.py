@@ -1,0 +1,103 @@
+"""What a removal costs in quality: how far the network's answers move when it alone is done.
+
+Kim et al. 2023 and LayerMerge measure the accuracy after a short fine-tune of each possible removal. Here the answers
+of the edited network are compared with the dense one's on the same samples, which needs no labels and has far less
+noise than accuracy: KL(dense || edited) in nats per sample for class scores, relative squared error for other outputs.
+Optionally after a short local healing. Cost: one pass over a few batches per removal; the fits of all removals share
+one pass.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from palmette.errors import DataError, PalmetteError, TrainingError
+from palmette.graph import Plan
+from palmette.graph.inputs import Example, call, main_output, split_batch, to_device
+from palmette.train.labels import LossFn
+from palmette.train.loop import HealConfig, heal
+
+UNDONE = "refused"
+"""What a trial gives instead of a number when the removal cannot be done."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The dense network's answers on a few batches; `classes`: whether they are class scores."""
+
+    inputs: tuple[Any, ...]
+    outputs: tuple[Tensor, ...]
+    classes: bool
+
+    @classmethod
+    def of(cls, dense: nn.Module, loader: Iterable[Any], batches: int | None, *, classes: bool) -> Reference:
+        """Run the dense network once over the first batches. Raises DataError for an empty loader."""
+        inputs = tuple(split_batch(batch)[0] for batch in itertools.islice(iter(loader), batches))
+        if not inputs:
+            raise DataError("no batch is left to compare networks on", fix="Give a validation loader that is not empty")
+        return cls(inputs, tuple(_answers(dense, inputs)), classes)
+
+    def divergence(self, network: nn.Module) -> float:
+        """Mean over samples of KL(dense || network), or the relative squared error. Infinite where it is not finite."""
+        total, weight = 0.0, 0.0
+        for expected, found in zip(self.outputs, _answers(network, self.inputs), strict=True):
+            if self.classes:
+                p, q = F.log_softmax(expected.double(), dim=1), F.log_softmax(found.double(), dim=1)
+                total += float((p.exp() * (p - q)).sum())
+                weight += p.numel() / p.shape[1]
+            else:
+                total += float((expected.double() - found.double()).square().sum())
+                weight += float(expected.double().square().sum())
+        value = total / weight if weight else 0.0
+        return value if value == value else float("inf")
+
+
+def _answers(network: nn.Module, inputs: Sequence[Any]) -> Iterator[Tensor]:
+    device = next((p.device for p in network.parameters()), torch.device("cpu"))
+    with torch.no_grad():
+        for batch in inputs:
+            yield main_output(call(network, to_device(batch, device))).detach().cpu()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalHealing:
+    """A short training of each edited network before it is compared: `steps` batches of distillation from the dense."""
+
+    batches: tuple[Any, ...]
+    config: HealConfig
+    loss_fn: LossFn | None = None
+    seed: int = 0
+
+    @classmethod
+    def of(cls, loader: Iterable[Any], steps: int, config: HealConfig, seed: int, loss_fn: LossFn | None) -> Any:
+        """The healing of `steps` batches with the recipe of `config`, for one epoch."""
+        short = HealConfig(**{**config.to_dict(), "epochs": 1, "distill": max(config.distill, 0.9)})
+        return cls(batches=tuple(itertools.islice(iter(loader), steps)), config=short, loss_fn=loss_fn, seed=seed)
+
+    def __call__(self, network: fx.GraphModule, dense: fx.GraphModule) -> None:
+        """Train `network` in place."""
+        heal(network, self.batches, self.config, teacher=dense, loss_fn=self.loss_fn, seed=self.seed, label="local")
+        network.eval()
+
+
+def trial(
+    plan: str, *, dense: fx.GraphModule, example: Example, pad: str, reference: Reference, local: LocalHealing | None
+) -> float | str:
+    """The divergence of the dense network with one fitted plan (JSON) applied; UNDONE and why when it cannot be."""
+    try:
+        network = Plan.from_json(plan).apply(dense, example, pad=pad).eval()
+        if local is not None:
+            local(network, copy.deepcopy(dense))
+        return reference.divergence(network)
+    except TrainingError:
+        return f"{UNDONE}: its local healing diverges"
+    except PalmetteError as error:
+        return f"{UNDONE}: {error}"
