@@ -21,6 +21,7 @@ CODE = [*SOURCES, *sorted(path for folder in ("tests", "benchmarks", "docs") for
 # The rooms of the house from the ground up. A module imports from rooms below its own, or from its own room.
 ROOMS = (
     ("errors",),
+    ("ranks",),
     ("files", "seeding", "stats", "device", "compat", "usercode", "weights", "models"),
     ("run", "registry", "zoo", "data"),
     ("graph", "meter"),  # a merge is timed by the meter, the meter reads captured graphs; no cycle between modules

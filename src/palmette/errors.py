@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class PalmetteError(Exception):
     """An error that a user can act on.
@@ -18,6 +20,10 @@ class PalmetteError(Exception):
         if fix is not None:
             message += f". {fix}" if not message.endswith(".") else f" {fix}"
         super().__init__(message)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The error as JSON, for another process."""
+        return {"type": type(self).__name__, **{part: getattr(self, part) for part in ("what", "where", "why", "fix")}}
 
 
 class InputError(PalmetteError):
@@ -62,3 +68,10 @@ class MissingDependency(PalmetteError):
 
 class UnknownMethod(PalmetteError):
     """No method of that name is registered."""
+
+
+def error_from(parts: dict[str, Any]) -> PalmetteError:
+    """The error that `to_dict` wrote; a PalmetteError for a type that is not known here."""
+    known = {kind.__name__: kind for kind in PalmetteError.__subclasses__()}
+    kind = known.get(str(parts.get("type")), PalmetteError)
+    return kind(str(parts["what"]), where=parts.get("where"), why=parts.get("why"), fix=parts.get("fix"))

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from palmette import ranks
 from palmette.errors import RunError
 
 TEMPORARY_PREFIX = ".tmp-"
@@ -22,14 +23,17 @@ TEMPORARY_PREFIX = ".tmp-"
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary name in the folder of `path`, moved over `path` when the block ends well and removed when it fails.
 
-    The suffix is kept, so that writers which look at it behave. Missing parent folders are created. Raises RunError
-    naming `path` when the system refuses.
+    The suffix is kept, so that writers which look at it behave. Missing parent folders are created. Of several
+    processes that work together the first writes; what the others put there is thrown away. Raises RunError naming
+    `path` when the system refuses.
     """
     path = Path(path)
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(4)}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        if not ranks.leads():
+            return
         _flush(temporary)
         temporary.replace(path)
         _flush(path.parent)
@@ -61,6 +65,8 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
 
     Raises RunError.
     """
+    if not ranks.leads():
+        return
     with atomic_path(path) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 

@@ -12,6 +12,7 @@ from typing import Any, TextIO
 
 import torch
 
+from palmette import ranks
 from palmette.errors import RunError
 from palmette.files import TEMPORARY_PREFIX, plain, read_json, remove_leftovers, write_json
 from palmette.seeding import seeded
@@ -55,11 +56,38 @@ class Run:
         self.seed = seed
         self.command = command
         self.config: dict[str, Any] = plain(config or {}, "the configuration")
+        self._lock: TextIO | None = None
+        self.environment: dict[str, Any] = ranks.from_first(lambda: self._opened(resume))
+        self._check_joined()
+
+    def _opened(self, resume: bool) -> dict[str, Any]:
         self._check_content(resume)
         self._lock = self._prepare()
         remove_leftovers(self.folder)
         self._check_same()
-        self.environment: dict[str, Any] = self._record_environment()
+        return self._record_environment()
+
+    def _check_joined(self) -> None:
+        """Refuse processes that cannot see the folder, or were started for another run."""
+        with ranks.joint():
+            if ranks.count() == 1:
+                return
+            if not (self.folder / "run.json").exists():
+                raise RunError(
+                    "The run folder cannot be seen",
+                    where=f"process {ranks.rank()}, {self.folder}",
+                    why="the first process has made it, on another disk",
+                    fix="Choose a folder that all nodes share.",
+                )
+            difference = first_difference(read_json(self.folder / "run.json")["config"], self.config)
+            if difference is not None:
+                name, first, here = difference
+                raise RunError(
+                    f"The processes were started for different runs: another {name}",
+                    where=f"process {ranks.rank()}",
+                    why=f"{first!r} in the first process, {here!r} here",
+                    fix="Give every process the same network and options, and a seed to what is random.",
+                )
 
     def path(self, name: str) -> Path:
         """Where the file `name` of this run lies; folders in the name are created.
@@ -79,33 +107,33 @@ class Run:
             raise RunError("A folder cannot be created", where=str(path.parent), why=error.strerror) from error
         return path
 
-    def once(self, name: str, fn: Callable[[], Any]) -> Any:
+    def once(self, name: str, fn: Callable[[], Any], *, alone: bool = False) -> Any:
         """The JSON value of `fn()`, computed at the first call and read from stages/<name>.json ever after.
 
         `fn` runs under random states derived from the run's seed and the name, and leaves the global ones as they were,
         so that what comes next does not depend on whether the stage was computed or read. The value returned is always
         the one that was stored (tuples become lists); floats are exact. Raises RunError when it is no JSON, or damaged.
+
+        Of several processes that work together all call `fn`, which may add up their shares, and all go on with the
+        value of the first. alone: only the first calls it, while the others wait; for what is timed or written.
         """
         file = self.path(f"stages/{name}.json")
-        if file.exists():
-            stored = read_json(file)
-            if not isinstance(stored, dict) or "value" not in stored:
-                raise RunError(
-                    "A stage's file is damaged", where=str(file), fix="Delete it and run again with --resume."
-                )
-            return stored["value"]
+        found = ranks.from_first(lambda: [_stored(file)] if file.exists() else [])
+        if found:
+            return found[0]
         with seeded(self.seed, "stage", name):
-            value = plain(fn(), f"the result of stage {name!r}")
-        write_json(file, {"stage": name, "value": value})
-        return value
+            value = plain(ranks.from_first(fn) if alone else fn(), f"the result of stage {name!r}")
+        return ranks.from_first(lambda: _store(file, name, value))
 
     def done(self, name: str) -> bool:
         """Whether stage `name` has been stored."""
-        return self.path(f"stages/{name}.json").exists()
+        file = self.path(f"stages/{name}.json")
+        return ranks.from_first(file.exists)
 
     def close(self) -> None:
         """Let other processes use the folder; happens by itself when the process ends."""
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def _check_content(self, resume: bool) -> None:
         try:
@@ -174,6 +202,18 @@ class Run:
             stored["resumed"] = [*stored.get("resumed", []), now]
             write_json(file, stored)
         return stored
+
+
+def _stored(file: Path) -> Any:
+    stored = read_json(file)
+    if not isinstance(stored, dict) or "value" not in stored:
+        raise RunError("A stage's file is damaged", where=str(file), fix="Delete it and run again with --resume.")
+    return stored["value"]
+
+
+def _store(file: Path, name: str, value: Any) -> Any:
+    write_json(file, {"stage": name, "value": value})
+    return value
 
 
 def environment() -> dict[str, Any]:

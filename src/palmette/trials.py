@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 
-from palmette import errors
-from palmette.errors import MissingDependency, PalmetteError, RunError
+from palmette.errors import MissingDependency, PalmetteError, RunError, error_from
 from palmette.files import plain, read_json, write_json
 from palmette.seeding import seeded
 from palmette.train.progress import progress
@@ -117,7 +116,7 @@ def _on_ray(trial: Trial, items: Mapping[str, Any], seed: int, address: str, cpu
             except ray.exceptions.RayError as error:
                 raise named(error, key) from error
             if "value" not in answer:
-                raise named(_error(answer), key)
+                raise error_from(answer["error"])
             yield key, answer["value"]
     finally:
         for reference in waiting:
@@ -129,19 +128,8 @@ def _remote(trial: Trial, key: str, item: Any, seed: int, threads: int) -> dict[
     torch.set_num_threads(threads)
     try:
         return {"value": plain(attempt(trial, key, item, seed), f"the result of trial {key!r}")}
-    except PalmetteError as error:
-        parts = {"what": error.what, "where": error.where, "why": error.why, "fix": error.fix}
-        return {"error": type(error).__name__, **parts}
-    except Exception as error:  # noqa: BLE001 - whatever it is, the driver raises it with the name of the trial
-        return {"error": None, "what": f"{type(error).__name__}: {error}"}
-
-
-def _error(answer: dict[str, Any]) -> Exception:
-    """The error that a worker put into words."""
-    if answer["error"] is None:
-        return RunError("A trial failed", why=answer["what"])
-    kind = getattr(errors, answer["error"], RunError)
-    return kind(answer["what"], where=answer["where"], why=answer["why"], fix=answer["fix"])
+    except Exception as error:  # noqa: BLE001 - whatever it is, the driver raises it
+        return {"error": named(error, key).to_dict()}
 
 
 def connect(address: str) -> Any:
