@@ -24,7 +24,7 @@ from palmette.depth.importance import LocalHealing, Reference, trial
 from palmette.depth.knapsack import Item, front
 from palmette.depth.options import Option, edits_of, find_options
 from palmette.depth.probe import Probes
-from palmette.depth.rounds import Round, Search, latency, target_ms
+from palmette.depth.rounds import Round, Search, target_ms
 from palmette.depth.session import Session
 from palmette.errors import InputError
 from palmette.graph import Candidate, Plan
@@ -72,7 +72,7 @@ def search(session: Session, baseline: dict[str, Any], say: Callable[[str], None
     Raises InputError for a target that cannot be read or reached.
     """
     config, settings = _config(session), session.settings
-    dense_ms = session.run.once("dense-latency", lambda: latency(session, "dense", session.dense))
+    dense_ms = session.run.once("dense-latency", lambda: session.clock("dense", session.dense))
     goal = target_ms(settings.target_latency, dense_ms)
     options, points = explore(session, say)
     scores = tuple(
@@ -162,7 +162,7 @@ def importance(session: Session, options: Sequence[Option], config: AutoConfig) 
 
 def whole_cost(session: Session) -> float:
     """The dense network's cost in the unit of the options' gains: ms, or MACs where nothing is timed."""
-    dense_ms = session.run.once("dense-latency", lambda: latency(session, "dense", session.dense))
+    dense_ms = session.run.once("dense-latency", lambda: session.clock("dense", session.dense))
     return float(macs(session.dense, session.single)) if dense_ms is None else float(dense_ms)
 
 

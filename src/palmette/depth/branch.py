@@ -8,23 +8,22 @@ for bit.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import fx
 
+from palmette.depth.choosing import Chooser, Ranking
 from palmette.depth.prepared import keep
 from palmette.depth.session import Session
-from palmette.errors import PlanError, RefusedEdit
-from palmette.graph import Candidate, Plan
+from palmette.errors import PlanError
+from palmette.graph import Plan
 from palmette.registry import Method
 from palmette.train.checkpoint import load_checkpoint, load_model_tensors, model_tensors, save_checkpoint
 from palmette.train.constraints import zeros_kept
 from palmette.train.loop import LossTerm, heal
-
-Ranking = Callable[[fx.GraphModule, list[Candidate]], dict[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,12 +90,21 @@ class Branch:
         self.trainings += stored["trainings"]
         keep(self.network, method.name, stored["found"])
 
-    def choose(self, number: int, ranking: Ranking, *, count: int | None = None) -> Choice | None:
+    def choose(
+        self, number: int, ranking: Ranking, *, count: int | None = None, until: float | None = None
+    ) -> Choice | None:
         """Rank what is left, fit the best legal edits and apply them; None when nothing is left that pays.
 
-        count: take that many candidates, whatever the method would select.
+        count: take that many candidates, whatever the method would select. until: take as many as bring the collapsed
+        network to that many milliseconds.
         """
-        stored = self.session.run.once(self.stage(number, "choice"), lambda: self._choose(ranking, count))
+
+        def choose() -> dict[str, Any]:
+            return Chooser(self.session, self.network).choose(
+                ranking, count=count, until=until, clock=self.session.clock
+            )
+
+        stored = self.session.run.once(self.stage(number, "choice"), choose)
         return self.take(stored) if stored["names"] else None
 
     def take(self, stored: dict[str, Any]) -> Choice:
@@ -111,59 +119,6 @@ class Branch:
             scores=tuple(stored["scores"]),
             refused=stored["refused"],
         )
-
-    def _choose(self, ranking: Ranking, count: int | None) -> dict[str, Any]:
-        pool = self.session.pool(self.network)
-        scores = ranking(self.network, pool) if pool else {}
-        order = sorted(pool, key=lambda c: (scores[c.name], -c.macs_saved, c.name))
-        taken: list[Candidate] = []
-        plan, refused = Plan([]), {}
-        wanted = order if count is not None else self._selected(order, scores)
-        limit = count or (self.session.settings.step if wanted is order else len(wanted))
-        for candidate in wanted:
-            if len(taken) == limit:
-                break
-            try:
-                plan = self._extended(taken, candidate)
-            except (RefusedEdit, PlanError) as error:
-                refused[candidate.name] = str(error)
-                continue
-            taken.append(candidate)
-        return {
-            "names": [c.name for c in taken],
-            "sites": [site.path for c in taken for site in c.sites],
-            "plan": plan.to_json(),
-            "scores": [
-                {"name": c.name, "score": scores[c.name], "macs_saved": c.macs_saved, "ms_saved": c.ms_saved}
-                for c in order
-            ],
-            "refused": refused,
-        }
-
-    def _selected(self, order: list[Candidate], scores: dict[str, float]) -> list[Candidate]:
-        """The candidates that the method selects for this round; `order` itself where it leaves that to us."""
-        session, by_name = self.session, {c.name: c for c in order}
-        if session.method.select is None or not order:
-            return order
-
-        def losses(names: Sequence[str]) -> float:
-            network = self.network
-            if names:
-                network = self._extended([by_name[n] for n in names[:-1]], by_name[names[-1]]).apply(
-                    network, session.example, pad=session.settings.pad
-                )
-            return session.evaluate(network, session.calibration).loss
-
-        step = session.settings.step
-        return [by_name[n] for n in session.method.select(order, scores, session.config, losses=losses, step=step)]
-
-    def _extended(self, taken: list[Candidate], candidate: Candidate) -> Plan:
-        """The fitted plan of `taken` and one candidate more, tried on a copy; raises RefusedEdit where it cannot be."""
-        session = self.session
-        plan = Plan([edit for c in (*taken, candidate) for edit in session.edits(c)])
-        fitted = plan.fit(self.network, session.calibration, session.example)
-        fitted.apply(self.network, session.example, pad=session.settings.pad)
-        return fitted
 
     def heal(self, number: int, method: Method | None = None) -> None:
         """Train the network for one healing schedule, or read its weights back where that was done before.

@@ -6,11 +6,11 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from palmette.depth.knapsack import Pick
 from palmette.depth.options import Option, joined
-from palmette.depth.rounds import latency
 from palmette.depth.session import Session
 from palmette.errors import PlanError, RefusedEdit
 from palmette.graph import Plan, collapse
@@ -45,7 +45,7 @@ def measured_front(session: Session, picks: Sequence[Pick], options: Mapping[str
     best = math.inf
     with progress("front", len(chosen)) as report:
         for number, pick in enumerate(chosen):
-            found = session.run.once(f"front-{_key(pick)}", lambda pick=pick: _measured(session, pick, options))
+            found = session.run.once(f"front-{_key(pick)}", partial(_measured, session, pick, options))
             report(number + 1, "")
             if "macs" not in found:
                 continue
@@ -85,4 +85,4 @@ def _measured(session: Session, pick: Pick, options: Mapping[str, Option]) -> di
         return {"refused": str(error)}
     small, _ = collapse(edited, cost=session.table)
     key = f"front {_key(pick)} {session.table.runtime}"
-    return {"plan": plan.to_json(), "macs": macs(small, session.single), "latency_ms": latency(session, key, small)}
+    return {"plan": plan.to_json(), "macs": macs(small, session.single), "latency_ms": session.clock(key, small)}

@@ -94,28 +94,24 @@ def target_ms(text: str | None, dense_ms: float | None) -> float | None:
     return dense_ms * factor if relative else parse_latency(text)
 
 
-def latency(session: Session, key: str, network: Any) -> float | None:
-    """Milliseconds of one forward pass at batch 1 by the cost table; None where it counts MACs."""
-    if session.table.runtime == "macs":
-        return None
-    return session.table.time(key, network, session.single)
-
-
 def search(session: Session, baseline: dict[str, Any], say: Callable[[str], None]) -> Search:
     """Run the rounds until nothing pays, patience or rounds end, or the target latency is reached.
 
     `baseline`: the dense network's validation summary. Raises InputError for a target that cannot be read.
     """
     settings = session.settings
-    dense_ms = session.run.once("dense-latency", lambda: latency(session, "dense", session.dense))
+    dense_ms = session.run.once("dense-latency", lambda: session.clock("dense", session.dense))
     goal = target_ms(settings.target_latency, dense_ms)
+    if settings.one_shot and goal is None:
+        raise InputError("one shot needs a target latency", fix='Give target_latency, for instance "0.7x"')
     patience = 1 if settings.reproduce else settings.patience
     branch, found, winner, misses = Branch(session, "shrink"), list[Round](), -1, 0
     branch.prepare(session.method)
     scores: tuple[dict[str, Any], ...] = ()
-    number, ended = 0, f"the limit of {_rounds(settings.rounds or 0)} was reached"
-    while settings.rounds is None or number < settings.rounds:
-        choice = branch.choose(number, rank(session, branch))
+    number, ended = 0, f"the limit of {_rounds(1 if settings.one_shot else settings.rounds or 0)} was reached"
+    limit = 1 if settings.one_shot else settings.rounds
+    while limit is None or number < limit:
+        choice = branch.choose(number, rank(session, branch), until=goal if settings.one_shot else None)
         if choice is None:
             ended = "no candidate is left whose removal pays" if number else _nothing(session)
             break
@@ -196,7 +192,7 @@ def cost_of(session: Session, branch: Branch, number: int) -> dict[str, Any]:
     """MACs and latency of the branch as it is now, collapsed."""
     small, _ = collapse(copy.deepcopy(branch.network), cost=session.table)
     key = branch.stage(number, "latency")
-    return {"macs": macs(small, session.single), "latency_ms": latency(session, key, small)}
+    return {"macs": macs(small, session.single), "latency_ms": session.clock(key, small)}
 
 
 def _nothing(session: Session) -> str:

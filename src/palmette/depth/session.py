@@ -37,6 +37,7 @@ class Settings(MethodConfig):
     calibration_batches: Annotated[int | None, Bounds(low=1)] = 32
     threads: Annotated[int, Bounds(low=1)] = 1
     controls: bool = True
+    one_shot: bool = False
     reproduce: bool = False
     seed: Annotated[int, Bounds(low=0)] = 0
 
@@ -119,6 +120,10 @@ class Session:
     def heals(self) -> bool:
         """Whether the method heals after a removal under its config."""
         return self.method.heals is None or bool(self.method.heals(self.config))
+
+    def clock(self, key: str, network: nn.Module) -> float | None:
+        """Milliseconds of one forward pass at batch 1 by the cost table; None where it counts MACs."""
+        return None if self.table.runtime == "macs" else self.table.time(key, network, self.single)
 
     def evaluate(self, network: nn.Module, loader: Iterable[Any]) -> Evaluation:
         """Accuracy of a network on a loader, in eval mode."""

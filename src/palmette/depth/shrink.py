@@ -90,6 +90,7 @@ def shrink(
     heal: HealConfig | None = None,
     rounds: int | None = None,
     step: int = 1,
+    one_shot: bool = False,
     patience: int = 2,
     pad: str | None = None,
     cost: str | CostTable | None = None,
@@ -106,9 +107,10 @@ def shrink(
     """Make a trained network physically smaller while it loses at most `max_drop` points of validation accuracy.
 
     model is not changed. Loaders yield (inputs, target); test data is looked at once, at the end. target_latency:
-    "3.2ms" or "0.5x". heal: the training after each removal. cost: "onnxruntime", "eager", "macs" or a CostTable.
-    threads: those that latencies are measured with. names: what figures.json calls command, model and data. say: called
-    with a line of text at every step, for instance print. Without run_dir nothing is kept, exported or reported.
+    "3.2ms" or "0.5x". one_shot: remove to the target in one round and heal once. heal: the training after each
+    removal. cost: a runtime's name, "macs" or a CostTable. threads: those that latencies are measured with. names: what
+    figures.json calls command, model and data. say: called with a line of text at every step, for instance print.
+    Without run_dir nothing is kept, exported or reported.
     Raises a PalmetteError for input that cannot be used (nothing is written then) and VerifyError when the result does
     not compute what its plan says.
     """
@@ -117,6 +119,7 @@ def shrink(
         target_latency=target_latency,
         rounds=rounds,
         step=step,
+        one_shot=one_shot,
         patience=patience,
         controls=controls,
         pad=pad or ("exact" if reproduce else "repad"),  # type: ignore[arg-type]
