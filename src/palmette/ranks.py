@@ -28,11 +28,11 @@ _acting: ContextVar[bool | None] = ContextVar("acting together", default=None)  
 class Summable(Protocol):
     """What is gathered over batches and can be added up over processes."""
 
-    def sums(self) -> dict[str, Tensor]:
+    def totals(self) -> dict[str, Tensor]:
         """The tensors gathered so far, int64 or float64, by a name that says the same in every process."""
 
-    def take(self, sums: Mapping[str, Tensor]) -> None:
-        """Put the totals in place of what was gathered; a name may be new here, where another process met it."""
+    def take(self, totals: Mapping[str, Tensor]) -> None:
+        """Go on with the totals of all processes; a name may be new here, where only others met it."""
 
 
 @contextmanager
@@ -153,7 +153,7 @@ def add_up(parts: Sequence[Summable]) -> None:
     """
     if count() == 1:
         return
-    own = [part.sums() for part in parts]
+    own = [part.totals() for part in parts]
     layouts = gathered([{name: [_TYPES[t.dtype], list(t.shape)] for name, t in sums.items()} for sums in own])
     merged = [{name: spec for layout in layouts for name, spec in layout[i].items()} for i in range(len(parts))]
     totals: list[dict[str, Tensor]] = [{} for _ in parts]

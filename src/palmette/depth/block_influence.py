@@ -11,16 +11,16 @@ two sums per block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from palmette.depth.entropy import MaskTap
 from palmette.errors import DataError
 from palmette.graph import Candidate, observe
+from palmette.graph.padding import MaskTap
 from palmette.registry import MethodConfig, method
 
 
@@ -49,6 +49,14 @@ class CosineMean:
             )
         self.total += float(cosine.sum())
         self.count += cosine.numel()
+
+    def totals(self) -> dict[str, Tensor]:
+        """What was added up so far."""
+        return {"cosines": torch.tensor(self.total, dtype=torch.float64), "tokens": torch.tensor(self.count)}
+
+    def take(self, totals: Mapping[str, Tensor]) -> None:
+        """Go on with the sums of all processes."""
+        self.total, self.count = float(totals["cosines"]), int(totals["tokens"])
 
     def influence(self) -> float:
         """1 - mean cosine, 0 (passes its input on) to 2; raises DataError before the first batch."""
@@ -86,5 +94,5 @@ def score(
         mean = means[path]
         return lambda x, y: mean.add(x, y, tap.for_tokens(y, -1))
 
-    observe(captured, {path: adder(path) for path in sites}, tap)
+    observe(captured, {path: adder(path) for path in sites}, tap, sums=list(means.values()))
     return {c.name: sum(means[site.path].influence() for site in c.sites) for c in candidates}

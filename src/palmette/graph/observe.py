@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from palmette import ranks
 from palmette.errors import DataError, PlanError
 from palmette.graph.activations import find_activations
 from palmette.graph.blocks import find_blocks
 from palmette.graph.inputs import call, inputs_of, to_device
+from palmette.ranks import Summable
 
 Watcher = Callable[[Tensor, Tensor], None]
 """Receives what goes into a site and what comes out of it, both [batch, ...]."""
@@ -69,10 +72,17 @@ def _copied(graph: fx.Graph) -> fx.Graph:
 
 
 def observe(
-    gm: fx.GraphModule, watchers: Mapping[str, Watcher], loader: Iterable[Any], *, max_batches: int | None = None
+    gm: fx.GraphModule,
+    watchers: Mapping[str, Watcher],
+    loader: Iterable[Any],
+    *,
+    max_batches: int | None = None,
+    sums: Sequence[Summable] = (),
 ) -> int:
     """Run `gm` once over `loader` in eval mode and call the watchers at every batch; returns the number of batches.
 
+    sums: what the watchers fill, all of it, where it can be added up: several processes that work together then see a
+    share of the batches each, and the totals are put in its place at the end. Without it each of them sees all.
     Raises DataError if the loader is empty.
     """
     twin = instrument(gm, watchers)
@@ -81,15 +91,18 @@ def observe(
     count = 0
     try:
         twin.eval()
-        with torch.no_grad():
+        with torch.no_grad(), ranks.joint() if sums else contextlib.nullcontext():
             for batch in itertools.islice(loader, max_batches):
-                call(twin, to_device(inputs_of(batch), device))
+                if not sums or ranks.mine(count):
+                    call(twin, to_device(inputs_of(batch), device))
                 count += 1
     finally:
         for module, mode in modes.items():
             module.training = mode
     if count == 0:
         raise DataError("The calibration loader is empty", fix="Give it at least one batch.")
+    if sums:
+        ranks.add_up(sums)
     return count
 
 
@@ -109,6 +122,15 @@ class Moments:
             self.sums = z.new_zeros(5, z.shape[1])
         self.sums += torch.stack([z.sum(0), y.sum(0), (z * z).sum(0), (z * y).sum(0), (y * y).sum(0)])
         self.count += z.shape[0]
+
+    def totals(self) -> dict[str, Tensor]:
+        """What was added up so far."""
+        return {} if self.sums is None else {"sums": self.sums, "count": torch.tensor(self.count)}
+
+    def take(self, totals: Mapping[str, Tensor]) -> None:
+        """Go on with the sums of all processes."""
+        if totals:
+            self.sums, self.count = totals["sums"], int(totals["count"])
 
     def affine(self) -> tuple[Tensor, Tensor]:
         """Least-squares slope and offset [C] of y = slope * z + offset; slope 0 for a constant z."""

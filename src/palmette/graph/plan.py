@@ -137,7 +137,7 @@ class Plan:
                     fix="List the sites with `palmette sites` or pm.find_sites.",
                 )
         moments = {e.site: Moments(axes[e.site]) for e in missing}
-        observe(gm, moments, loader, max_batches=max_batches)
+        observe(gm, moments, loader, max_batches=max_batches, sums=list(moments.values()))
         return Plan([e if e.fitted else _fitted(e, moments[e.site]) for e in self.edits])
 
     def apply(self, model: nn.Module, example_inputs: Any, pad: str = "repad") -> fx.GraphModule:
