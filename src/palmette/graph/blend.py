@@ -8,7 +8,7 @@ gradual edit.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -152,9 +152,15 @@ def _blended(gm: fx.GraphModule) -> dict[str, fx.Node]:
     return {str(node.meta[_MARK]): node for node in gm.graph.nodes if _MARK in node.meta}
 
 
-def remove_blends(gm: fx.GraphModule) -> None:
-    """Take out whatever `insert_blends` has put in, in place: code and names of the state are as before it."""
-    for node in reversed(_blended(gm).values()):
+def remove_blends(gm: fx.GraphModule, sites: Iterable[str] | None = None) -> None:
+    """Take out what `insert_blends` has put in (at these sites; default all), in place.
+
+    Code and names of the state are as before it. Sites that are not blended are passed over.
+    """
+    chosen = None if sites is None else set(sites)
+    for path, node in reversed(_blended(gm).items()):
+        if chosen is not None and path not in chosen:
+            continue
         node.replace_all_uses_with(node.args[1])  # type: ignore[arg-type]
         gm.graph.erase_node(node)
         delattr(gm, str(node.target))
