@@ -54,6 +54,14 @@ class Epoch:
         self.drawn += 1
         return batch
 
+    def drop(self, count: int) -> None:
+        """Draw and drop `count` batches. Raises DataError when there are fewer."""
+        try:
+            for _ in range(count):
+                self.next()
+        except StopIteration:
+            raise DataError("The loader has fewer batches than it says", fix="Correct its __len__.") from None
+
     def skip(self, count: int, state: Tensor, fingerprint: str, where: str) -> None:
         """Draw and drop `count` batches, after which the stream and the last batch must be what they were before.
 

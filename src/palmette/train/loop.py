@@ -53,7 +53,7 @@ def heal(
     """Train `model` in place and return the history; the model is left in eval mode, on the device where it was.
 
     loader: yields (inputs, target) or dicts with labels; must start anew at each pass and repeat itself for one seed.
-    teacher: the network to distil from, used in eval mode with config.distill > 0 and left untouched.
+    teacher: the network to distil from with config.distill or config.features > 0; used in eval mode, left untouched.
     loss_fn: `loss_fn(logits, target)` -> mean over the batch; cross entropy by default.
     loss_terms: `term(model, inputs, output)` -> scalar added to the loss; a term must not keep state of its own.
     constraints: functions without arguments, called after each step to restore what must hold (`zeros_kept`).

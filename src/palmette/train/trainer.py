@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from palmette.errors import InputError, RunError, TrainingError
+from palmette.errors import DataError, InputError, RunError, TrainingError
 from palmette.graph.inputs import batch_size, call, main_output, split_batch, to_device
 from palmette.run import first_difference
 from palmette.seeding import derive_seed, global_state, restore_globals
@@ -31,6 +32,7 @@ from palmette.train.checkpoint import (
 from palmette.train.config import HealConfig
 from palmette.train.constraints import Constraint
 from palmette.train.distill import distillation_loss
+from palmette.train.features import FeatureTaps
 from palmette.train.labels import LossFn, check_labels, is_cross_entropy, task_loss
 from palmette.train.progress import Report, progress
 
@@ -108,7 +110,8 @@ class Trainer:
         if task.teacher is not None:
             task.teacher.eval().to(fabric.device)
         self.steps = length(self.loader)
-        self.epoch = self.step = self.samples = self.left_out = 0
+        (self.epoch, self.step), self.stop = self._part()
+        self.samples = self.left_out = 0
         self.loss_sum = 0.0
         self.history: list[dict[str, Any]] = []
         self.in_flight: list[tuple[int, int, Tensor]] = []  # step, samples, loss
@@ -116,14 +119,31 @@ class Trainer:
         self.saved_at, self.save_cost = time.monotonic(), 0.0
         self.last_batch: Any = None
         self.normalises = any(isinstance(module, _BATCH_NORMS) for module in task.model.modules())
+        self.taps: FeatureTaps | None = None
+        if self.config.features > 0 and task.teacher is not None:
+            self.taps = FeatureTaps(task.model, task.teacher)
+
+    def _part(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(epoch, step) where training begins, and where it stops. Raises DataError when the steps cannot be told."""
+        config = self.config
+        if (config.begin, config.end) == (0.0, 1.0):
+            return (0, 0), (config.epochs, 0)
+        if self.steps is None:
+            raise DataError("The loader does not know its length", fix="Give it __len__, or set begin=fade=0, end=1.")
+        total = self.steps * config.epochs
+        return divmod(round(config.begin * total), self.steps), divmod(round(config.end * total), self.steps)
 
     def run(self, stored: Stored | None) -> list[dict[str, Any]]:
         """Train from the start or from `stored` to the end and return the history."""
-        batches = None if stored is None else self._restore(stored)
+        with nullcontext() if self.taps is None else self.taps.inserted():
+            return self._run(stored)
+
+    def _run(self, stored: Stored | None) -> list[dict[str, Any]]:
+        batches = self._begin() if stored is None else self._restore(stored)
         self.wrapped.train()
         total = None if self.steps is None else self.steps * self.config.epochs
         with progress(self.task.label, total) as report:
-            while self.epoch < self.config.epochs:
+            while (self.epoch, self.step) < self.stop:
                 self._run_epoch(self._start_epoch() if batches is None else batches, report)
                 batches = None
         if not all(bool(torch.isfinite(parameter).all()) for parameter in self.task.model.parameters()):
@@ -138,6 +158,14 @@ class Trainer:
             for tensor in model_tensors(self.task.model).values():
                 tensor.copy_(self.fabric.broadcast(tensor))
 
+    def _begin(self) -> Epoch | None:
+        """The epoch in which a part of the schedule begins, or None at the start of one."""
+        if self.step == 0:
+            return None
+        batches = self._start_epoch()
+        batches.drop(self.step)
+        return batches
+
     def _start_epoch(self) -> Epoch:
         """Seed everything for the epoch; ranks draw the same order of samples and dropout of their own."""
         key = (self.task.seed, self.task.label, self.epoch)
@@ -146,7 +174,7 @@ class Trainer:
         return batches
 
     def _run_epoch(self, batches: Epoch, report: Report) -> None:
-        while True:
+        while (self.epoch, self.step) != self.stop:
             try:
                 batch = batches.next()
             except StopIteration:
@@ -202,13 +230,16 @@ class Trainer:
         """Task, distillation and extra terms. Labels are checked where they can be read without making a GPU wait."""
         logits = main_output(output)
         weight = self.config.distill
-        teacher = self.task.teacher
-        if weight == 0 or teacher is None:
+        known = self._known(inputs)
+        if weight == 0 or known is None:
             loss = self._task_loss(logits, target)
         elif weight == 1:
-            loss = self._distillation(teacher, logits, inputs)
+            loss = distillation_loss(logits, known, self.config.temperature)
         else:
-            loss = (1 - weight) * self._task_loss(logits, target) + weight * self._distillation(teacher, logits, inputs)
+            learnt = distillation_loss(logits, known, self.config.temperature)
+            loss = (1 - weight) * self._task_loss(logits, target) + weight * learnt
+        if self.taps is not None:
+            loss = loss + self.config.features * self.taps.loss()
         for term in self.task.loss_terms:
             loss = loss + term(self.task.model, inputs, output)
         return loss
@@ -218,11 +249,14 @@ class Trainer:
             target = check_labels(logits, target, self._place(self.step))
         return task_loss(logits, to_device(target, logits.device), self.task.loss_fn)
 
-    def _distillation(self, teacher: nn.Module, logits: Tensor, inputs: Any) -> Tensor:
+    def _known(self, inputs: Any) -> Tensor | None:
+        """The teacher's logits, where they or its features are wanted: one pass serves both."""
+        teacher = self.task.teacher
+        if teacher is None or (self.config.distill == 0 and self.taps is None):
+            return None
         precision = self.fabric.strategy.precision
         with torch.no_grad(), self.fabric.autocast():
-            known = precision.convert_output(call(teacher, precision.convert_input(inputs)))
-        return distillation_loss(logits, main_output(known), self.config.temperature)
+            return main_output(precision.convert_output(call(teacher, precision.convert_input(inputs))))
 
     def _collect_losses(self) -> None:
         """Read the losses in flight. Raises TrainingError naming epoch and step of the first that is not finite."""
@@ -341,7 +375,10 @@ def check_task(task: Task) -> None:
     """Refuse what cannot be trained. Raises InputError."""
     if not any(parameter.requires_grad for parameter in task.model.parameters()):
         raise InputError("The model has no parameter to train", fix="Set requires_grad on some parameters.")
-    if task.config.distill > 0 and task.teacher is None:
-        raise InputError("Distillation needs a teacher", where="HealConfig.distill", fix="Pass teacher=, or distill=0.")
+    for field in ("distill", "features"):
+        if getattr(task.config, field) > 0 and task.teacher is None:
+            raise InputError(
+                "Distillation needs a teacher", where=f"HealConfig.{field}", fix=f"Pass teacher=, or {field}=0."
+            )
     if task.teacher is task.model:
         raise InputError("The teacher is the model itself", fix="Pass a copy, made before the edit.")
