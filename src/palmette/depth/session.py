@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from torch import fx, nn
@@ -84,7 +84,21 @@ class Session:
     protect: tuple[str, ...] = ()
     loss_fn: Callable[..., Any] | None = None
     metric: Callable[..., Any] | None = None
+    names: dict[str, str] = field(default_factory=dict)
     ray: str | None = None
+
+    def described(self) -> dict[str, Any]:
+        """What figures.json says of the run as a whole."""
+        return {
+            "schema": 1,
+            "command": self.names.get("command", ""),
+            "method": self.method.name,
+            "seed": self.settings.seed,
+            "environment": self.run.environment,
+            "model": self.names.get("model", type(self.model).__name__),
+            "data": self.names.get("data", "given loaders"),
+            "max_drop": self.settings.max_drop,
+        }
 
     @property
     def single(self) -> Example:
@@ -103,7 +117,8 @@ class Session:
         return [candidate for candidate in found if candidate.pays]
 
     def _open(self, site: Site, kind: str) -> bool:
-        return site.kind == kind and not is_protected(site.path, self.protect)
+        possible = site.removable or kind == "activation"  # a linearisation can be forced, a drop cannot
+        return site.kind == kind and possible and not is_protected(site.path, self.protect)
 
     def edits(self, candidate: Candidate) -> list[Edit]:
         """The method's edit for every site of a candidate: its own, else drop for blocks, linearize for activations."""
