@@ -71,6 +71,11 @@ def leads() -> bool:
     return rank() == 0
 
 
+def is_first() -> bool:
+    """Whether this process is the first of torch.distributed, or the only one, whether they work together or not."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
 def mine(number: int) -> bool:
     """Whether piece `number` of a work in pieces falls to this process: they are dealt out in turn."""
     return number % count() == rank()

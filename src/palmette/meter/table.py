@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from torch import nn
 
+from palmette import ranks
 from palmette.errors import InputError, RunError
 from palmette.files import read_json, write_json
 from palmette.meter.compute import macs
@@ -49,7 +50,7 @@ class CostTable:
 
         Raises RunError for an unknown key when the table may not measure, ExportError when a part does not export.
         """
-        entry = self.entries.get(key) or self._add(key, {"before": before, "after": after}, example_inputs)
+        entry = self._entry(key, {"before": before, "after": after}, example_inputs)
         try:
             return float(entry["before"]), float(entry["after"])
         except KeyError as error:
@@ -57,11 +58,19 @@ class CostTable:
 
     def time(self, key: str, module: nn.Module, example_inputs: Any) -> float:
         """Cost of one module, at the batch of the inputs. Raises as `compare` does."""
-        entry = self.entries.get(key) or self._add(key, {"time": module}, example_inputs)
+        entry = self._entry(key, {"time": module}, example_inputs)
         try:
             return float(entry["time"])
         except KeyError as error:
             raise RunError(f"The cost table's entry {key!r} is a comparison", where=str(self.path)) from error
+
+    def _entry(self, key: str, modules: dict[str, nn.Module], inputs: Any) -> dict[str, Any]:
+        """What is known of the key, else measured: by the first of several processes, while the others wait."""
+        known = self.entries.get(key)
+        if known is None or ranks.count() > 1:
+            found: dict[str, Any] = ranks.from_first(lambda: self.entries.get(key) or self._add(key, modules, inputs))
+            self.entries[key] = known = found
+        return known
 
     def _add(self, key: str, modules: dict[str, nn.Module], inputs: Any) -> dict[str, Any]:
         if not self.measure:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from palmette import ranks
 from palmette.errors import InputError
 from palmette.graph.inputs import call, main_output, split_batch, to_device
 from palmette.stats import mean_interval, wilson_interval
@@ -75,8 +76,9 @@ def evaluate(
     metric: one value in [0, 1] per sample; by default whether the largest logit is the label's (per image the share of
     right positions, for dense predictions). Samples whose logits are not finite count as wrong.
 
-    Modes and random states are as before at the end. Raises DataError (empty loader, labels out of range) and
-    InputError (metric of another shape).
+    Of several processes that work together each answers its share of the batches; all get the same Evaluation, that of
+    one process. Modes and random states are as before at the end. Raises DataError (empty loader, labels out of range)
+    and InputError (metric of another shape).
     """
     check_iterable(loader, once=True)
     if max_batches is not None and max_batches < 1:
@@ -87,12 +89,15 @@ def evaluate(
     answers: list[Tensor] = []
     model.eval()
     try:
-        with torch.no_grad(), drawn(loader, 0) as epoch:
+        with torch.no_grad(), ranks.joint(), drawn(loader, 0) as epoch:
             while max_batches is None or epoch.drawn < max_batches:
                 try:
-                    inputs, target = split_batch(epoch.next())
+                    batch = epoch.next()
                 except StopIteration:
                     break
+                if not ranks.mine(epoch.drawn - 1):
+                    continue
+                inputs, target = split_batch(batch)
                 logits = main_output(call(model, to_device(inputs, device)))
                 if is_cross_entropy(loss_fn):
                     target = check_labels(logits, target, f"evaluation, batch {epoch.drawn - 1}")
@@ -102,7 +107,20 @@ def evaluate(
     finally:
         for module, training in modes:
             module.training = training
-    return _summary(losses, answers)
+    return _summary(*_of_all(losses, answers))
+
+
+def _of_all(losses: list[tuple[int, Tensor]], answers: list[Tensor]) -> tuple[list[tuple[int, Tensor]], list[Tensor]]:
+    """The losses and answers of all batches in the loader's order, from the shares of several processes."""
+    if ranks.count() == 1:
+        return losses, answers
+    own = [[n, float(v.double()), a.tolist(), a.dtype == torch.bool] for (n, v), a in zip(losses, answers, strict=True)]
+    shares = ranks.gathered(own)
+    rows = [shares[i % len(shares)][i // len(shares)] for i in range(sum(map(len, shares)))]
+    return (
+        [(size, torch.tensor(loss, dtype=torch.float64)) for size, loss, _, _ in rows],
+        [torch.tensor(a, dtype=torch.bool if truth else torch.float64) for _, _, a, truth in rows],
+    )
 
 
 def _answers(logits: Tensor, target: Any, metric: Metric | None) -> Tensor:

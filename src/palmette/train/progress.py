@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from palmette import ranks
+
 Report = Callable[[int, str], None]
 """`report(done, note)`: steps done so far and what to say beside the bar."""
 
@@ -21,7 +23,9 @@ _INTERVAL_SECONDS = 0.1
 
 
 def shown() -> bool:
-    """Whether bars are drawn: as PALMETTE_PROGRESS says, else when stderr is a terminal."""
+    """Whether bars are drawn: as PALMETTE_PROGRESS says, else when stderr is a terminal; by one process of several."""
+    if not ranks.is_first():
+        return False
     forced = os.environ.get("PALMETTE_PROGRESS")
     if forced in ("0", "1"):
         return forced == "1"
