@@ -1,28 +1,28 @@
 """EASIER: linearise the activations whose neurons are nearly always ON or nearly always OFF, lowest mean entropy first.
 
-Paper: Quetu, Tartaglione, "The Simpler The Better: An Entropy-Based Importance Metric to Reduce Neural Networks'
-Depth", ECML-PKDD 2024. The paper's form, `reproduce=True`: entropy per mini-batch in train mode, averaged over the
-last epoch of training, z >= 0 is ON, one activation per round replaced by the identity. Sound form, the default:
-states counted over the whole calibration set in eval mode, and an affine fit, because low entropy does not say
-whether a neuron is ON or OFF. Differs from the authors' code: call sites instead of modules (a shared ReLU is split),
-exact 0 log 0, padded tokens not counted; and round 0 ranks a network that is trained already, by one pass in train
-mode that moves no weight. Shapes: pre-activations [batch, channels, ...] or [batch, ..., channels]. Cost: one forward
-pass over the set per round.
+Paper: Quétu, Liao, Tartaglione, "The Simpler The Better: An Entropy-Based Importance Metric to Reduce Neural Networks'
+Depth", ECML-PKDD 2024 (arXiv 2404.18949). The paper's form, `reproduce=True`: entropy per mini-batch in train mode,
+averaged over the last epoch of training, z >= 0 is ON, one activation per round replaced by the identity. Sound form,
+the default: states counted over the whole calibration set in eval mode, and an affine fit, because low entropy does
+not say whether a neuron is ON or OFF. Differs from the authors' code: call sites instead of modules (a shared ReLU is
+split), exact 0 log 0, padded tokens not counted; and round 0 ranks a network that is trained already, by one pass in
+train mode that moves no weight. Shapes: pre-activations [batch, channels, ...] or [batch, ..., channels]. Cost: one
+forward pass over the set per round.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
 
-from palmette.depth.entropy import EntropyRule, MaskTap, StateCounter, count_states, layer_entropy, mean_abs_weight
+from palmette.depth.entropy import EntropyRule, count_states, layer_entropy, mean_abs_weight, site_entropies
 from palmette.errors import DataError, InputError
-from palmette.graph import Candidate, Site, observe
+from palmette.graph import Candidate, Site
 from palmette.graph.activations import Activation, find_activations
 from palmette.graph.inputs import call, split_batch, to_device
 from palmette.registry import MethodConfig, method
@@ -76,7 +76,8 @@ class EntropyWatch(nn.Module):
         """`z` unchanged."""
         if self.training:
             fresh = self.batches >= self.steps
-            value = layer_entropy([count_states(z, self.channel_axis)], self.rule)
+            counts = count_states(z, self.channel_axis, per_position=not self.rule.position_first)
+            value = layer_entropy([counts], self.rule)
             self.total.copy_(torch.where(fresh, torch.zeros_like(self.total), self.total) + value)
             self.batches.copy_(torch.where(fresh, torch.zeros_like(self.batches), self.batches) + 1)
         return z
@@ -114,7 +115,7 @@ def unwatch(captured: fx.GraphModule) -> None:
 @method(
     name="easier",
     title="EASIER: lowest mean neuron entropy first",
-    paper="Quetu, Tartaglione. The Simpler The Better. ECML-PKDD 2024",
+    paper="Quétu, Liao, Tartaglione. The Simpler The Better. ECML-PKDD 2024",
     unit="bits",
     sites="activation",
     edit="linearize",
@@ -139,25 +140,10 @@ def score(
     if config.reproduce:
         entropies = _watched(captured, candidates, loader, config)
     else:
-        entropies = _counted(captured, sites, loader, config.rule)
+        entropies = site_entropies(captured, {path: _axis(site) for path, site in sites.items()}, loader, config.rule)
     if config.rule.weighting == "weight":
         entropies = {path: value * _weight(captured, sites[path]) for path, value in entropies.items()}
     return {c.name: sum(entropies[site.path] for site in c.sites) / len(c.sites) for c in candidates}
-
-
-def _counted(
-    captured: fx.GraphModule, sites: dict[str, Site], loader: Iterable[Any], rule: EntropyRule
-) -> dict[str, float]:
-    """Entropies from states counted in eval mode."""
-    tap = MaskTap(loader)
-    counters = {path: StateCounter(rule, _axis(site)) for path, site in sites.items()}
-
-    def adder(path: str) -> Callable[[Tensor, Tensor], None]:
-        counter = counters[path]
-        return lambda z, _: counter.add(z, tap.for_tokens(z, counter.channel_axis))
-
-    observe(captured, {path: adder(path) for path in sites}, tap)
-    return {path: counter.entropy() for path, counter in counters.items()}
 
 
 def _watched(
