@@ -75,7 +75,7 @@ def shrink(
 
     Example: palmette shrink -m palmette:mlp -d digits -w dense.safetensors --max-drop 0.5 --run runs/first
     """
-    from palmette.depth.shrink import check_request
+    from palmette.depth.opening import check_request
     from palmette.depth.shrink import shrink as shrink_network
 
     heal = opt.heal_config(

@@ -7,36 +7,25 @@ to the same weights.
 
 from __future__ import annotations
 
-import dataclasses
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import fx, nn
+from torch import nn
 
-from palmette.depth.accounts import has_onnx, side_by_side
+from palmette.depth.accounts import side_by_side
+from palmette.depth.opening import Loaders, opened
 from palmette.depth.outcome import finish, ranking_rows
-from palmette.depth.rounds import expected_seconds, rank, search, summary, target_ms
+from palmette.depth.rounds import expected_seconds, rank, search, summary
 from palmette.depth.session import (
-    Calibration,
     Session,
     Settings,
-    check_given,
-    check_protected,
-    example_from,
-    first_inputs,
 )
-from palmette.errors import InputError, PalmetteError
-from palmette.graph import CollapseRecord, Plan, Verification, capture, find_sites, weights_hash
-from palmette.graph.inputs import Example, batch_size, with_batch
+from palmette.graph import CollapseRecord, Plan, Verification
+from palmette.graph.inputs import Example
 from palmette.meter.table import CostTable
-from palmette.registry import Method, MethodConfig, get_method
-from palmette.run import Run
+from palmette.registry import Method, MethodConfig
 from palmette.train.evaluate import evaluate
 from palmette.train.loop import HealConfig
 
@@ -128,133 +117,23 @@ def shrink(
         reproduce=reproduce,
         seed=seed,
     )
-    chosen, options = check_request(
-        method, config=config, reproduce=reproduce, max_drop=max_drop, target_latency=target_latency
-    )
-    check_given(model, train=train_loader, val=val_loader, test=test_loader, calibration=calibration_loader)
-    first_inputs(train_loader, "training")
-    example, dense = _captured(model, val_loader, example_inputs)
-    _check_sites(dense, example, chosen.kind(options))
-    keep = None if run_dir is None or dry_run else Path(run_dir)
-    described = {**asdict(settings), "method": chosen.name, "options": asdict(options), "protect": list(protect)}
-    described |= {"heal": (heal or HealConfig()).recipe(), "network": weights_hash(model.state_dict())}
-    names = {"command": _as_call(chosen.name, settings, heal or HealConfig()), **(names or {})}
-    with (
-        _folder(keep) as folder,
-        closing(Run(folder, resume=resume, command=names["command"], seed=seed, config=described)) as run,
-    ):
-        session = Session(
-            model=model,
-            dense=dense,
-            example=example,
-            train=train_loader,
-            val=val_loader,
-            test=test_loader,
-            calibration=Calibration(calibration_loader or train_loader, calibration_batches, seed),
-            method=chosen,
-            config=options,
-            settings=settings,
-            heal=heal or HealConfig(),
-            table=_table(cost, run, settings.threads),
-            run=run,
-            keep=keep is not None,
-            protect=check_protected(protect, dense, example),
-            loss_fn=loss_fn,
-            metric=metric,
-        )
-        speak = say or _silent
-        return _preview(session) if dry_run else _run(session, names, keep, speak)
-
-
-def check_request(
-    method: str | Method,
-    *,
-    config: MethodConfig | None = None,
-    reproduce: bool = False,
-    max_drop: float = 0.5,
-    target_latency: str | None = None,
-) -> tuple[Method, MethodConfig]:
-    """What can be refused before anything is loaded: method, its config, bound and target; returns method and config.
-
-    Raises UnknownMethod or InputError.
-    """
-    chosen = get_method(method)
-    Settings(max_drop=max_drop)
-    target_ms(target_latency, 1.0)
-    return chosen, _config(chosen, config, reproduce)
-
-
-def _as_call(method: str, settings: Settings, heal: HealConfig) -> str:
-    """The call that made a run, without what has no short text: loaders, functions, a method's options."""
-    given = {"method": repr(method), "max_drop": repr(settings.max_drop)} | _changed(settings, Settings())
-    if _changed(heal, HealConfig()):
-        given["heal"] = f"HealConfig({', '.join(f'{k}={v}' for k, v in _changed(heal, HealConfig()).items())})"
-    return f"palmette.shrink(model, train_loader, val_loader, {', '.join(f'{k}={v}' for k, v in given.items())})"
-
-
-def _changed(settings: Any, default: Any) -> dict[str, str]:
-    before = asdict(default)
-    return {name: repr(value) for name, value in asdict(settings).items() if value != before[name]}
-
-
-def _silent(_: str) -> None:
-    return None
-
-
-def _config(method: Method, config: MethodConfig | None, reproduce: bool) -> MethodConfig:
-    """The method's config; raises InputError for another method's, or for `reproduce` where there is no paper form."""
-    made = method.make_config() if config is None else config
-    if not isinstance(made, method.config):
-        raise InputError(f"method {method.name!r} wants a {method.config.__name__}, not a {type(made).__name__}")
-    if not reproduce:
-        return made
-    if "reproduce" not in {field.name for field in dataclasses.fields(made)}:
-        raise InputError(f"method {method.name!r} has no paper form to reproduce", fix="Leave reproduce out")
-    return dataclasses.replace(made, reproduce=True)  # type: ignore[call-arg]
-
-
-def _captured(model: nn.Module, val: Iterable[Any], example: Example | None) -> tuple[Example, fx.GraphModule]:
-    """Example inputs of batch 2 and the captured network in eval mode."""
-    inputs = example_from(val) if example is None else with_batch(example, max(2, batch_size(example)))
-    other = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
-    if other:
-        raise InputError(
-            f"the network's weights are {', '.join(str(d).removeprefix('torch.') for d in sorted(other, key=str))}",
-            why="healing, proof and exports are done in float32",
-            fix="Call model.float() first, and cast the result",
-        )
-    return inputs, capture(model, inputs).eval()
-
-
-def _check_sites(dense: fx.GraphModule, example: Example, kind: str) -> None:
-    if not any(site.kind == kind for site in find_sites(dense, example)):
-        raise InputError(f"the network has no {kind} to remove", fix="`palmette sites` lists what it has")
-
-
-def _table(cost: str | CostTable | None, run: Run, threads: int) -> CostTable:
-    """The cost table: the caller's own, or one journaled in the run folder."""
-    if isinstance(cost, CostTable):
-        return cost
-    return CostTable(cost or ("onnxruntime" if has_onnx() else "eager"), run.path("cost_table.json"), threads=threads)
-
-
-@contextmanager
-def _folder(run_dir: Path | None) -> Iterator[Path]:
-    """The run folder, or a temporary one; one made by this call goes again when it fails before its first result."""
-    if run_dir is None:
-        with tempfile.TemporaryDirectory(prefix="palmette-") as name:
-            yield Path(name) / "run"
-        return
-    missing = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
-    try:
-        yield run_dir
-    except PalmetteError:
-        if run_dir in missing and not any(run_dir.glob("*-000.safetensors")):
-            shutil.rmtree(run_dir, ignore_errors=True)
-            for folder in missing[1:]:
-                with suppress(OSError):
-                    folder.rmdir()
-        raise
+    with opened(
+        Loaders(train_loader, val_loader, test_loader, calibration_loader),
+        model=model,
+        example_inputs=example_inputs,
+        method=method,
+        config=config,
+        settings=settings,
+        heal=heal or HealConfig(),
+        run_dir=None if run_dir is None or dry_run else Path(run_dir),
+        resume=resume,
+        cost=cost,
+        protect=protect,
+        loss_fn=loss_fn,
+        metric=metric,
+        names=names or {},
+    ) as session:
+        return _preview(session) if dry_run else _run(session, say or _silent)
 
 
 def _preview(session: Session) -> ShrinkResult:
@@ -291,23 +170,16 @@ def _preview(session: Session) -> ShrinkResult:
     )
 
 
-def _run(session: Session, names: dict[str, str], keep: Path | None, say: Say) -> ShrinkResult:
+def _silent(_: str) -> None:
+    return None
+
+
+def _run(session: Session, say: Say) -> ShrinkResult:
     """Baseline, rounds, outcome."""
-    settings = session.settings
     baseline = session.run.once("baseline", lambda: summary(session.evaluate(session.dense, session.val)))
     say(f"dense network: {100 * baseline['accuracy']:.2f} % on {baseline['n']:,} validation samples")
     found = (session.method.search or search)(session, baseline, say)
-    figures = {
-        "schema": 1,
-        "command": names["command"],
-        "method": session.method.name,
-        "seed": settings.seed,
-        "environment": session.run.environment,
-        "model": names.get("model", type(session.model).__name__),
-        "data": names.get("data", "given loaders"),
-        "max_drop": settings.max_drop,
-    }
-    outcome = finish(session, found, figures, say)
+    outcome = finish(session, found, session.described(), say)
     return ShrinkResult(
         model=outcome.network,
         plan=outcome.plan,
@@ -317,7 +189,7 @@ def _run(session: Session, names: dict[str, str], keep: Path | None, say: Say) -
         verification=outcome.verification,
         rows=outcome.rows,
         ranking=ranking_rows(session, found),
-        run_dir=keep,
+        run_dir=session.run.folder if session.keep else None,
         report=outcome.report,
         message=outcome.message,
         split="val" if session.test is None else "test",
