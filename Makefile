@@ -25,8 +25,8 @@ $(VENV)/.stamp-demo: $(DEPENDS) | $(BIN)/python
 	@touch $@
 
 $(VENV)/.stamp-dev: $(DEPENDS) | $(BIN)/python
-	@echo "Installing palmette and what its tests need into $(VENV) (once, about two minutes) ..."
-	$(PIP) --editable ".[demo,onnx,zoo,hf,dev]"
+	@echo "Installing palmette and what its tests need into $(VENV) (once, about five minutes) ..."
+	$(PIP) --editable ".[demo,onnx,zoo,hf,ray,openvino,executorch,width,dev]"
 	@touch $@ $(VENV)/.stamp-demo
 
 $(VENV)/.stamp-docs: $(VENV)/.stamp-dev
