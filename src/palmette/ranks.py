@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -23,6 +24,8 @@ from palmette.errors import PalmetteError, RunError, error_from
 T = TypeVar("T")
 
 _acting: ContextVar[bool | None] = ContextVar("acting together", default=None)  # False: alone, on purpose
+
+_GONE = re.compile(r"gloo|nccl|peer|connection|broken pipe|socket|process ?group", re.IGNORECASE)
 
 
 class Summable(Protocol):
@@ -93,7 +96,7 @@ def from_first(work: Callable[[], T]) -> T:
     """
     if count() == 1:
         return work()
-    _wait()
+    wait()
     answer: dict[str, Any] = {}
     failure: Exception | None = None
     if leads():
@@ -197,7 +200,9 @@ def reached() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        words = str(error).splitlines()[0] if str(error) else type(error).__name__
+        words = str(error).partition("\n")[0]
+        if not _GONE.search(words):
+            raise
         raise RunError(
             "Another process of this run has ended",
             where=f"process {dist.get_rank()}",
@@ -206,7 +211,7 @@ def reached() -> Iterator[None]:
         ) from error
 
 
-def _wait() -> None:
+def wait() -> None:
     """Until every process is here."""
     _summed(torch.ones(1, dtype=torch.int64))
 

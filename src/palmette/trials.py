@@ -11,18 +11,22 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from palmette import ranks
 from palmette.errors import MissingDependency, PalmetteError, RunError, error_from
 from palmette.files import plain, read_json, write_json
+from palmette.graph.ship import packed, unpacked
 from palmette.seeding import seeded
 from palmette.train.progress import progress
 
 Trial = Callable[[Any], Any]
-"""`trial(item)` -> a JSON value. For Ray: a function of a module, or a `functools.partial` of one."""
+"""`trial(item)` -> a JSON value. For Ray: a function of a module that workers can import, or a `functools.partial` of
+one; captured networks among its arguments, and in the items, travel whole."""
 
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 _STORE_BYTES = 200 * 2**20  # of the workers started here: networks and figures, no data sets
@@ -78,6 +82,9 @@ def run_trials(
     Raises what a trial raised, with its name, when that is a PalmetteError, and RunError for any other error (finished
     trials stay in the journal); MissingDependency without Ray, RunError when its cluster cannot be reached.
     """
+    if ranks.count() > 1:
+        with_ray = {"ray": ray, "cpus_per_trial": cpus_per_trial}
+        return _in_shares(trial, items, journal, with_ray, seed=seed, label=label, say=say)
     book = Journal(journal)
     found = {key: value for key in items for done, value in [book.read(key)] if done}
     missing = {key: item for key, item in items.items() if key not in found}
@@ -90,6 +97,22 @@ def run_trials(
             found[key] = book.write(key, value)
             report(len(found), key)
     return {key: found[key] for key in items}
+
+
+def _in_shares(
+    trial: Trial, items: Mapping[str, Any], journal: str | Path, with_ray: dict[str, Any], **options: Any
+) -> dict[str, Any]:
+    """`run_trials` where several processes work together: Ray is asked by the first; else each does its share, alone.
+
+    The journal lies in a folder that all of them see.
+    """
+    if with_ray["ray"] is None:
+        book = Journal(journal)
+        missing = ranks.from_first(lambda: [key for key in items if not book.file(key).exists()])
+        own = {key: items[key] for key in ranks.shard(missing)}
+        with ranks.joint(), ranks.alone():
+            run_trials(trial, own, journal=journal, **options)
+    return ranks.from_first(lambda: run_trials(trial, items, journal=journal, **with_ray, **options))
 
 
 def _here(trial: Trial, items: Mapping[str, Any], seed: int) -> Iterator[tuple[str, Any]]:
@@ -105,8 +128,8 @@ def _on_ray(trial: Trial, items: Mapping[str, Any], seed: int, address: str, cpu
     """Each trial as a task of Ray, in the order in which they finish; what is under way is given up at an error."""
     ray = connect(address)
     task = ray.remote(num_cpus=cpus)(_remote)
-    shared = ray.put(trial)
-    waiting = {task.remote(shared, key, item, seed, cpus): key for key, item in items.items()}
+    shared = ray.put(carried(packed, trial))
+    waiting = {task.remote(shared, key, carried(packed, item), seed, cpus): key for key, item in items.items()}
     try:
         while waiting:
             (ready,), _ = ray.wait(list(waiting), num_returns=1)
@@ -127,9 +150,22 @@ def _remote(trial: Trial, key: str, item: Any, seed: int, threads: int) -> dict[
     """One trial in a worker: its value, or its error in words, because errors with keywords do not travel."""
     torch.set_num_threads(threads)
     try:
-        return {"value": plain(attempt(trial, key, item, seed), f"the result of trial {key!r}")}
+        value = attempt(carried(unpacked, trial), key, carried(unpacked, item), seed)
+        return {"value": plain(value, f"the result of trial {key!r}")}
     except Exception as error:  # noqa: BLE001 - whatever it is, the driver raises it
         return {"error": named(error, key).to_dict()}
+
+
+def carried(change: Callable[[Any], Any], value: Any) -> Any:
+    """`value` with `change` applied to what lies in it: in a partial's arguments, in lists, tuples and dicts."""
+    if isinstance(value, partial):
+        arguments = [carried(change, argument) for argument in value.args]
+        return partial(value.func, *arguments, **carried(change, value.keywords))
+    if type(value) in (list, tuple):
+        return type(value)(carried(change, entry) for entry in value)
+    if type(value) is dict:
+        return {name: carried(change, entry) for name, entry in value.items()}
+    return change(value)
 
 
 def connect(address: str) -> Any:
