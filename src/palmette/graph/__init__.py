@@ -5,8 +5,10 @@ from palmette.graph.candidates import Candidate, candidates
 from palmette.graph.capture import capture, describe, is_captured, make_inputs
 from palmette.graph.collapse import CollapseRecord, MergeRecord, collapse
 from palmette.graph.io import load, read_plan, save, structure_hash, weights_hash
+from palmette.graph.linear_fit import LinearFit, linear_residuals
 from palmette.graph.observe import Moments, observe
-from palmette.graph.plan import Edit, Plan, drop, linearize
+from palmette.graph.parallel import cross_term, cross_terms
+from palmette.graph.plan import Edit, Plan, drop, fit_linear, identity, linearize, parallelize
 from palmette.graph.sites import Site, find_sites
 from palmette.graph.verify import Verification, verify
 
@@ -15,6 +17,7 @@ __all__ = [
     "Candidate",
     "CollapseRecord",
     "Edit",
+    "LinearFit",
     "MergeRecord",
     "Moments",
     "Plan",
@@ -23,14 +26,20 @@ __all__ = [
     "candidates",
     "capture",
     "collapse",
+    "cross_term",
+    "cross_terms",
     "describe",
     "drop",
     "find_sites",
+    "fit_linear",
+    "identity",
     "is_captured",
+    "linear_residuals",
     "linearize",
     "load",
     "make_inputs",
     "observe",
+    "parallelize",
     "read_plan",
     "save",
     "structure_hash",

@@ -60,7 +60,7 @@ def _ancestors(nodes: list[fx.Node]) -> dict[fx.Node, int]:
 def _block_at(
     gm: fx.GraphModule, node: fx.Node, nodes: list[fx.Node], order: dict[fx.Node, int], above: dict[fx.Node, int]
 ) -> tuple[fx.Node, fx.Node, frozenset[fx.Node], str] | None:
-    if op_name(node) != "add" or len(node.args) < 2 or node.kwargs.get("alpha", 1) != 1:
+    if op_name(node) != "add" or len(node.args) < 2 or node.kwargs.get("alpha", 1) != 1 or node.meta.get("parallel"):
         return None
     left, right = node.args[0], node.args[1]
     if not isinstance(left, fx.Node) or not isinstance(right, fx.Node) or left.meta.get("shape") is None:

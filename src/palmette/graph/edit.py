@@ -1,4 +1,4 @@
-"""Apply edits to a captured graph: linearise an activation, drop a block, move zero padding ahead of a merge."""
+"""Apply edits to a captured graph: linearise an activation, take out or replace what lies elsewhere, move padding."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from torch import fx
 
 from palmette.errors import PlanError, RefusedEdit
 from palmette.graph.activations import find_activations
-from palmette.graph.blocks import find_blocks
+from palmette.graph.linear_fit import fit_reason, linear_module
 from palmette.graph.ops import ChannelAffine, module_of, remove_dead, set_module, tensor_inputs
+from palmette.graph.parallel import make_parallel, parallel_reason
 from palmette.graph.paths import Element, Path, Reader, conv_settings
-from palmette.graph.sites import activation_sites, site_axis
+from palmette.graph.sites import activation_sites, axis_of, convolution_sites, site_axis
+from palmette.graph.spans import run_at, total
 
 if TYPE_CHECKING:
     from palmette.graph.plan import Edit
@@ -30,7 +32,8 @@ def apply_edits(gm: fx.GraphModule, edits: Iterable[Edit], pad: str) -> None:
         if edit.kind == "linearize":
             _linearize(gm, edit, removable)
         else:
-            _drop(gm, edit)
+            _EDITORS[edit.kind](gm, edit)
+            remove_dead(gm)
     remove_dead(gm)
 
 
@@ -53,7 +56,7 @@ def _linearize(gm: fx.GraphModule, edit: Edit, reasons: dict[str, str]) -> None:
             fix="Fit the plan on this model.",
         )
     module = ChannelAffine(slope.to(reference), offset.to(reference), axis, trainable=edit.fit == "affine")
-    path = f"linearized.{_name(gm, edit.site)}"
+    path = f"linearized.{_name(gm, edit.site, 'linearized')}"
     set_module(gm, path, module.train(gm.training))
     with gm.graph.inserting_after(activation.output):
         node = gm.graph.call_module(path, (activation.source,))
@@ -69,9 +72,9 @@ def _linearize(gm: fx.GraphModule, edit: Edit, reasons: dict[str, str]) -> None:
         )
 
 
-def _name(gm: fx.GraphModule, site: str) -> str:
-    """The site's path as an attribute, another for each site ever linearised here: 'a.b' and 'a_b' both give 'a_b'."""
-    names = gm.meta["palmette"].setdefault("linearized", {})
+def _name(gm: fx.GraphModule, site: str, room: str) -> str:
+    """The site's path as an attribute, another for each site ever edited so: 'a.b' and 'a_b' both give 'a_b'."""
+    names = gm.meta["palmette"].setdefault(room, {})
     name = site.replace(".", "_").replace("#", "_")
     while name in names.values():
         name += "_"
@@ -93,15 +96,58 @@ def _connected(gm: fx.GraphModule) -> bool:
 
 
 def _drop(gm: fx.GraphModule, edit: Edit) -> None:
-    block = next((b for b in find_blocks(gm) if b.path == edit.site), None)
-    if block is None:
+    run = run_at(gm, edit.site)
+    reason = next((b.reason for b in run if b.reason), "")
+    if reason:
+        raise RefusedEdit(f"Block '{edit.site}' cannot be dropped", why=reason)
+    for block in reversed(run):
+        block.output.replace_all_uses_with(block.source)
+
+
+def _fit_linear(gm: fx.GraphModule, edit: Edit) -> None:
+    run = run_at(gm, edit.site)
+    reason = fit_reason(gm, run)
+    if reason:
+        raise RefusedEdit(f"'{edit.site}' cannot become a linear map", why=reason)
+    source, end = run[0].source, total(run[-1])
+    shape, axis = source.meta["shape"], axis_of(gm, source)
+    matrix = edit.values()
+    if matrix.shape[0] != shape[axis]:
         raise PlanError(
-            f"No block is called '{edit.site}'", fix="List the sites with `palmette sites` or pm.find_sites."
+            f"The matrix of '{edit.site}' is for {matrix.shape[0]} channels, not for {shape[axis]}",
+            fix="Fit the plan on this model.",
         )
-    if block.reason:
-        raise RefusedEdit(f"Block '{edit.site}' cannot be dropped", why=block.reason)
-    block.output.replace_all_uses_with(block.source)
-    remove_dead(gm)
+    module = linear_module(matrix.double(), len(shape), axis, like=next(gm.parameters()))
+    path = f"fitted.{_name(gm, edit.site, 'fitted')}"
+    set_module(gm, path, module.train(gm.training))
+    with gm.graph.inserting_before(end):
+        node = gm.graph.call_module(path, (source,))
+    node.meta.update({k: v for k, v in end.meta.items() if k != "block"}, path=path)
+    end.replace_all_uses_with(node)
+
+
+def _identity(gm: fx.GraphModule, edit: Edit) -> None:
+    found = (n for n in gm.graph.nodes if n.op in ("call_module", "call_function") and n.meta["path"] == edit.site)
+    node = next((n for n in found if Reader(gm).is_affine(n)), None)
+    if node is None:
+        raise PlanError(
+            f"No convolution is called '{edit.site}'", fix="List the sites with `palmette sites` or pm.find_sites."
+        )
+    if edit.site not in {s.path for s in convolution_sites(gm)}:
+        why = "it changes the shape of its input, or is the network's first or last operation with weights"
+        raise RefusedEdit(f"'{edit.site}' cannot be replaced by the identity", why=why)
+    node.replace_all_uses_with(node.all_input_nodes[0])
+
+
+def _parallelize(gm: fx.GraphModule, edit: Edit) -> None:
+    run = run_at(gm, edit.site)
+    reason = parallel_reason(gm, run)
+    if reason:
+        raise RefusedEdit(f"'{edit.site}' cannot be parallelised", why=reason)
+    make_parallel(gm, run)
+
+
+_EDITORS = {"drop": _drop, "fit_linear": _fit_linear, "identity": _identity, "parallelize": _parallelize}
 
 
 def repad(gm: fx.GraphModule) -> None:

@@ -17,6 +17,7 @@ from palmette.files import write_atomic
 from palmette.graph.capture import capture, is_captured, make_inputs, set_shapes
 from palmette.graph.ops import remove_dead
 from palmette.graph.plan import Plan
+from palmette.graph.resize import resize
 from palmette.graph.rewrite import replay
 
 FORMAT = 1
@@ -96,7 +97,9 @@ def _rebuilt(source_model: nn.Module, state: dict[str, Tensor], metadata: dict[s
     gm = capture(source_model, example)
     for step in _steps(metadata):
         if "plan" in step:
-            gm = Plan.from_json(step["plan"]).apply(gm, example, step["pad"])
+            gm = Plan.from_json(step["plan"]).with_blank_matrices().apply(gm, example, step["pad"])
+        elif "resize" in step:
+            resize(gm, step["resize"])
         else:
             _replay(gm, step["decisions"], example)
     for name, original in json.loads(metadata["aliases"]).items():

@@ -13,47 +13,60 @@ import torch
 from torch import Tensor, fx, nn
 
 from palmette import ranks
-from palmette.errors import DataError, PlanError
+from palmette.errors import DataError
 from palmette.graph.activations import find_activations
 from palmette.graph.blocks import find_blocks
 from palmette.graph.inputs import call, inputs_of, to_device
+from palmette.graph.padding import MaskTap
+from palmette.graph.spans import run_at, total
 from palmette.ranks import Summable
 
 Watcher = Callable[[Tensor, Tensor], None]
 """Receives what goes into a site and what comes out of it, both [batch, ...]."""
 
 
-class _Probe(nn.Module):
+class Probe(nn.Module):
+    """Shows two tensors to a watcher and hands the second one on."""
+
     def __init__(self, watch: Watcher) -> None:
         super().__init__()
         self.watch = watch
 
     def forward(self, before: Tensor, after: Tensor) -> Tensor:
+        """`after`, unchanged."""
         self.watch(before, after)
         return after
 
 
-def instrument(gm: fx.GraphModule, watchers: Mapping[str, Watcher]) -> fx.GraphModule:
-    """A twin of `gm` with the same weights that calls a watcher at each named activation or block.
+def instrument(gm: fx.GraphModule, watchers: Mapping[str, Watcher], *, at_sum: bool = False) -> fx.GraphModule:
+    """A twin of `gm` with the same weights that calls a watcher at each named activation, block or span.
 
+    at_sum: blocks and spans are watched at their last sum, in front of an activation or norm that belongs to them.
     Raises PlanError for a path that is no site of the graph.
     """
-    twin = fx.GraphModule(gm, _copied(gm.graph))
-    twin.meta.update(gm.meta)
-    ends = {b.path: (b.source, b.output) for b in find_blocks(twin)} | {
-        a.path: (a.source, a.output) for a in find_activations(twin)
-    }
-    for i, (path, watch) in enumerate(watchers.items()):
+    twin = twin_of(gm)
+    ends = {a.path: (a.source, a.output) for a in find_activations(twin)}
+    blocks = find_blocks(twin)
+    for path in watchers:
         if path not in ends:
-            raise PlanError(f"No site is called '{path}'", fix="List the sites with `palmette sites` or pm.find_sites.")
+            run = run_at(twin, path, blocks)
+            ends[path] = run[0].source, total(run[-1]) if at_sum else run[-1].output
+    for i, (path, watch) in enumerate(watchers.items()):
         source, output = ends[path]
         name = f"palmette_probe_{i}"
-        twin.add_module(name, _Probe(watch))
+        twin.add_module(name, Probe(watch))
         with twin.graph.inserting_after(output):
             probe = twin.graph.call_module(name, (source, output))
         probe.meta.update(output.meta, path=name)
         output.replace_all_uses_with(probe, delete_user_cb=partial(operator.is_not, probe))
     twin.recompile()
+    return twin
+
+
+def twin_of(gm: fx.GraphModule) -> fx.GraphModule:
+    """A captured network with a graph of its own and the same modules."""
+    twin = fx.GraphModule(gm, _copied(gm.graph))
+    twin.meta.update(gm.meta)
     return twin
 
 
@@ -78,14 +91,29 @@ def observe(
     *,
     max_batches: int | None = None,
     sums: Sequence[Summable] = (),
+    at_sum: bool = False,
 ) -> int:
     """Run `gm` once over `loader` in eval mode and call the watchers at every batch; returns the number of batches.
+
+    `sums` and `max_batches` are those of `run_over`, `at_sum` that of `instrument`.
+    Raises DataError if the loader is empty, PlanError for a path that is no site.
+    """
+    return run_over(instrument(gm, watchers, at_sum=at_sum), loader, max_batches=max_batches, sums=sums)
+
+
+def run_over(
+    twin: fx.GraphModule,
+    loader: Iterable[Any],
+    *,
+    max_batches: int | None = None,
+    sums: Sequence[Summable] = (),
+) -> int:
+    """Run a network with probes once over `loader` in eval mode; returns the number of batches.
 
     sums: what the watchers fill, all of it, where it can be added up: several processes that work together then see a
     share of the batches each, and the totals are put in its place at the end. Without it each of them sees all.
     Raises DataError if the loader is empty.
     """
-    twin = instrument(gm, watchers)
     modes = {m: m.training for m in twin.modules()}
     device = next((p.device for p in twin.parameters()), torch.device("cpu"))
     count = 0
@@ -107,10 +135,13 @@ def observe(
 
 
 class Moments:
-    """Per-channel first and second moments of an activation's input z and output y, in float64."""
+    """Per-channel first and second moments of an activation's input z and output y, in float64.
 
-    def __init__(self, axis: int) -> None:
-        self.axis = axis
+    `tap`: the loader that the batches come from; padding tokens by its mask are then left out.
+    """
+
+    def __init__(self, axis: int, tap: MaskTap | None = None) -> None:
+        self.axis, self.tap = axis, tap
         self.count = 0
         self.sums: Tensor | None = None  # [5, C]: z, y, z*z, z*y, y*y
 
@@ -118,6 +149,10 @@ class Moments:
         """Take in one batch: z and y, both [batch, ...] with channels along `axis`."""
         z = before.detach().transpose(self.axis, -1).reshape(-1, before.shape[self.axis]).double()  # [positions, C]
         y = after.detach().transpose(self.axis, -1).reshape(-1, after.shape[self.axis]).double()
+        mask = None if self.tap is None else self.tap.for_tokens(before, -1 if self.axis == before.dim() - 1 else 1)
+        if mask is not None:
+            kept = mask.flatten().bool()
+            z, y = z[kept], y[kept]
         if self.sums is None:
             self.sums = z.new_zeros(5, z.shape[1])
         self.sums += torch.stack([z.sum(0), y.sum(0), (z * z).sum(0), (z * y).sum(0), (y * y).sum(0)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,8 @@ from palmette.graph.affine import merged_map
 from palmette.graph.blocks import Block, find_blocks, find_spans
 from palmette.graph.capture import capture
 from palmette.graph.ops import is_state, module_of, op_name, skip_transparent
-from palmette.graph.paths import Element, Path, Reader, channel_axis
+from palmette.graph.paths import Element, Path, Reader, channel_axis, conv_settings
+from palmette.graph.spans import Run, closed_reason, name_of
 
 if TYPE_CHECKING:
     from palmette.meter.table import CostTable
@@ -27,11 +29,11 @@ POLICIES = ("repad", "exact", "bias_map")
 class Site:
     """A place of a network that can be changed.
 
-    kind: "activation" (one call of a nonlinearity), "block" (residual, one input and one output) or "span" (consecutive
-    blocks, listed in `members`). `producer` and `consumers`: paths of the affine operations around an activation.
-    `exactness`: "exact", or the padding policy that makes its merge exact. `partners`: activations that pay only
-    together, this one included. `macs_saved` per sample (negative when the merge costs more), `ms_saved` when a cost
-    table measured it.
+    kind: "activation" (one call of a nonlinearity), "block" (residual, one input and one output), "span" (consecutive
+    blocks, listed in `members`) or "convolution" (or linear, that keeps the shape of its input). `producer` and
+    `consumers`: paths of the affine operations around an activation. `exactness`: "exact", or the padding policy that
+    makes its merge exact. `partners`: activations that pay only together, this one included. `macs_saved` per sample
+    (negative when the merge costs more), `ms_saved` when a cost table measured it.
     """
 
     kind: str
@@ -61,13 +63,13 @@ class Site:
 def find_sites(
     model: nn.Module, example_inputs: Any, *, cost: CostTable | None = None, pad: str = "repad"
 ) -> list[Site]:
-    """Every site of `model` in execution order: activations, then blocks, then spans.
+    """Every site of `model` in execution order: activations, then blocks, spans, and convolutions that keep a shape.
 
     With a cost table the removable ones also carry measured `ms_saved`.
     Raises CaptureError if the model does not trace.
     """
     gm = capture(model, example_inputs)
-    sites = activation_sites(gm, pad) + block_sites(gm)
+    sites = activation_sites(gm, pad) + block_sites(gm) + convolution_sites(gm)
     if cost is None:
         return sites
     from palmette.graph.candidates import with_measured_gain
@@ -187,31 +189,51 @@ def positions(element: Element) -> int:
 
 
 def block_sites(gm: fx.GraphModule) -> list[Site]:
-    """The residual blocks and spans of a captured graph as sites."""
+    """The residual blocks of a captured graph as sites, and their longest runs as spans."""
     blocks = find_blocks(gm)
     macs = {b.path: block_macs(gm, b) for b in blocks}
-    sites = [
-        Site(
-            "block",
-            b.path,
-            "",
-            None,
-            (),
-            None,
-            tuple(b.source.meta["shape"][1:]),
-            not b.reason,
-            b.reason,
-            "exact",
-            (b.path,),
-            macs[b.path],
-        )
-        for b in blocks
-    ]
-    for span in find_spans(gm, blocks):
-        members = tuple(b.path for b in span)
-        shape, saved = tuple(span[0].source.meta["shape"][1:]), sum(macs[m] for m in members)
-        path = f"{members[0]}..{members[-1]}"
-        sites.append(Site("span", path, "", None, (), None, shape, True, "", "exact", (path,), saved, None, members))
+    return [run_site((b,), macs) for b in blocks] + [run_site(span, macs) for span in find_spans(gm, blocks)]
+
+
+def run_site(run: Run, macs: Mapping[str, int]) -> Site:
+    """A block, or a run of several as a span; `macs`: MACs per sample of each block by its path."""
+    path, shape = name_of(run), tuple(run[0].source.meta["shape"][1:])
+    saved = sum(macs[b.path] for b in run)
+    kind, reason = ("block", run[0].reason) if len(run) == 1 else ("span", closed_reason(run))
+    members = () if len(run) == 1 else tuple(b.path for b in run)
+    return Site(
+        kind,
+        path,
+        "",
+        None,
+        (),
+        None,
+        shape,
+        not reason,
+        reason,
+        "exact",
+        (path,),
+        saved,
+        ms_saved=None,
+        members=members,
+    )
+
+
+def convolution_sites(gm: fx.GraphModule) -> list[Site]:
+    """Every convolution and linear that keeps the shape of its input, the network's first and last left out."""
+    reader = Reader(gm)
+    affine = [n for n in gm.graph.nodes if reader.is_affine(n)]
+    sites = []
+    for node in affine[1:-1]:
+        source, rank = node.all_input_nodes[0], _rank(reader, node)
+        if source.meta["shape"] != node.meta["shape"] or (
+            rank and any(s != 1 for s in conv_settings(gm, node, rank)[0])
+        ):
+            continue
+        path, axis = str(node.meta["path"]), channel_axis(gm, node)
+        op, saved = "conv" if rank else "linear", element_macs(reader, Element(node, rank))
+        shape = tuple(node.meta["shape"][1:])
+        sites.append(Site("convolution", path, op, None, (), axis, shape, True, "", "exact", (path,), saved))
     return sites
 
 
@@ -264,17 +286,40 @@ def _describe(node: fx.Node) -> str:
 
 def site_axis(gm: fx.GraphModule, activation: Activation) -> int:
     """Channel axis, inferred from what produced the input; 1 for maps [N,C,H,W] of unknown origin, else the last."""
-    node = activation.source
+    return axis_of(gm, activation.source)
+
+
+def axis_of(gm: fx.GraphModule, node: fx.Node) -> int:
+    """Channel axis of what a node puts out, from what produced it; 1 for maps of unknown origin, else the last."""
+    dims = len(node.meta["shape"])
+    moved = list(range(dims))  # axis i of the node found so far is axis moved[i] of the node asked for
     for _ in range(64):
         node = skip_transparent(gm, node)
         axis = channel_axis(gm, node)
         if axis is not None:
-            return axis
+            return moved[axis]
+        if op_name(node) in ("permute", "transpose"):
+            order = _order(node)
+            moved = [moved[order.index(i)] for i in range(dims)]
+            node = node.all_input_nodes[0]
+            continue
         inputs = [n for n in node.all_input_nodes if n.meta.get("shape") == node.meta.get("shape") and not is_state(n)]
         if not inputs:
             break
         node = inputs[0]
-    return 1 if len(activation.source.meta["shape"]) in (4, 5) else len(activation.source.meta["shape"]) - 1
+    return moved[1 if dims in (4, 5) else dims - 1]
+
+
+def _order(node: fx.Node) -> list[int]:
+    """Axis of the input that each axis of a permutation's or transposition's output is."""
+    args: Any = node.args
+    dims = len(node.meta["shape"])
+    if op_name(node) == "permute":
+        return [d % dims for d in args[1]]
+    order = list(range(dims))
+    a, b = args[1] % dims, args[2] % dims
+    order[a], order[b] = order[b], order[a]
+    return order
 
 
 def exactness_of(reader: Reader, elements: Path, pad: str) -> tuple[str, str]:
