@@ -16,7 +16,8 @@ from palmette.errors import ExportError, InputError, MissingDependency
 from palmette.graph.inputs import call, tensors
 from palmette.meter import Latency, hardware, measure_latency, runtimes
 from palmette.meter.latency import interleave
-from palmette.meter.runtimes import onnx_session, quiet, to_onnx
+from palmette.meter.running import quiet
+from palmette.meter.runtime_onnx import onnx_session, to_onnx
 
 Network = tuple[nn.Module, Any, fx.GraphModule]
 

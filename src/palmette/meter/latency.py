@@ -21,7 +21,8 @@ from torch import nn
 from palmette.errors import InputError
 from palmette.graph.inputs import batch_size, tensors, to_device, with_batch
 from palmette.meter.compute import evaluating
-from palmette.meter.runtimes import Runner, runners
+from palmette.meter.running import Packed, Runner
+from palmette.meter.runtimes import runners, runtime_named
 
 _SAMPLE_S = 1e-3
 """A sample repeats the pass until it lasts about this long, well above the clock's resolution and the call overhead."""
@@ -73,10 +74,12 @@ def measure_latency(
 ) -> dict[str, Latency]:
     """Time the models against each other: every round takes one sample of each, in alternating order.
 
-    A cheap pass is repeated until a sample lasts about a millisecond. batch: None takes `example_inputs` as they are.
-    threads: None takes torch's present number. budget_s: stop early (after 7 samples) when the rounds last longer.
-    fast: for ONNX Runtime, prefer the quicker exporter. Raises InputError for an unknown runtime or counts below 1,
-    MissingDependency without the runtime's packages, ExportError when a model does not export.
+    models: plain networks, or packed ones (`OnnxModel`, `PteModel`) that the runtime can load. A cheap pass is
+    repeated until a sample lasts about a millisecond. batch: None takes `example_inputs` as they are. threads: None
+    takes torch's present number. budget_s: stop early (after 7 samples) when the rounds last longer. fast: for ONNX
+    Runtime and OpenVINO, prefer the quicker export. Raises InputError for an unknown runtime or counts below 1,
+    MissingDependency without the runtime's packages, ExportError when a model does not export or the runtime computes
+    something else.
     """
     if not models or any(n is not None and n < 1 for n in (runs, warmup, threads, batch)):
         raise InputError("Nothing can be timed with no model, or with runs, warmup, threads or batch below 1")
@@ -86,7 +89,8 @@ def measure_latency(
     count = torch.get_num_threads() if threads is None else threads
     if count > MOST_THREADS:
         raise InputError(f"{count} threads are more than {MOST_THREADS}", fix="Give at most the number of cores.")
-    sync = torch.cuda.synchronize if device.type == "cuda" and runtime == "eager" else None
+    described = runtime_named(runtime)
+    sync = torch.cuda.synchronize if device.type == "cuda" and described.everywhere else None
     with evaluating(*models.values()), _threads(count):
         passes = runners(models, inputs, runtime, count, fast=fast)
         with torch.inference_mode():
@@ -95,7 +99,7 @@ def measure_latency(
     found = {}
     for key, times in samples.items():
         q25, median, q75 = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
-        dtype = _dtype(models[key], inputs)
+        dtype = _dtype(models[key], inputs, described.precision)
         found[key] = Latency(runtime, median, q25, q75, len(times), batch_size(inputs), count, dtype, name)
     return found
 
@@ -145,13 +149,14 @@ def _sample(run: Runner, repeats: int, sync: Callable[[], None] | None) -> float
 def hardware(runtime: str = "eager", device: torch.device | None = None) -> str:
     """Processor, cores and library versions, such as "AMD EPYC, 2 cores, Linux x86_64, torch 2.13.0".
 
-    device: where the model lives, the CPU unless told; ONNX Runtime is used on the CPU only.
+    device: where the model lives, the CPU unless told; exported networks run on the CPU only.
     """
-    if device is not None and device.type == "cuda" and runtime == "eager":
+    described = runtime_named(runtime)
+    if device is not None and device.type == "cuda" and described.everywhere:
         processor = torch.cuda.get_device_name(device)
     else:
         processor = f"{_cpu_model()}, {os.cpu_count()} cores"
-    library = f", onnxruntime {version('onnxruntime')}" if runtime == "onnxruntime" else ""
+    library = f", {described.library} {version(described.library)}" if described.library else ""
     return f"{processor}, {platform.system()} {platform.machine()}, torch {torch.__version__}{library}"
 
 
@@ -168,10 +173,13 @@ def _device(models: dict[str, nn.Module]) -> torch.device:
     return next((t.device for m in models.values() for t in [*m.parameters(), *m.buffers()]), torch.device("cpu"))
 
 
-def _dtype(model: nn.Module, inputs: Any) -> str:
+def _dtype(model: nn.Module, inputs: Any, precision: str | None) -> str:
+    """What is computed in: `precision` where the runtime fixes it, else the dtype of the weights or inputs."""
+    if isinstance(model, Packed):
+        return model.precision
     for tensor in [*model.parameters(), *tensors(inputs)]:
         if tensor.is_floating_point():
-            return str(tensor.dtype).removeprefix("torch.")
+            return precision or str(tensor.dtype).removeprefix("torch.")
     return "int"
 
 

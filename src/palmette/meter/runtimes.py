@@ -1,136 +1,138 @@
-"""Ways to run a network, for timing: PyTorch itself, and ONNX Runtime through a short-lived export."""
+"""The ways to run a network, by name: PyTorch itself, torch.compile, ONNX Runtime, OpenVINO, ExecuTorch."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import tempfile
-import warnings
-from collections.abc import Callable, Iterator
+import copy
+import functools
+import math
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.jit._trace import TracerWarning
-from torch.utils._pytree import tree_leaves
 
 from palmette.errors import ExportError, InputError, MissingDependency
-from palmette.graph.inputs import call, map_tensors, tensors
-from palmette.meter.compute import evaluating
-
-Runner = Callable[[], Any]
-"""One forward pass, with model and inputs bound."""
-
-RUNTIMES = ("eager", "onnxruntime")
+from palmette.graph.inputs import call, map_tensors
+from palmette.meter import runtime_compile, runtime_executorch, runtime_onnx, runtime_openvino
+from palmette.meter.running import Loaded, Packed, Runner, Runtime, flat_outputs
 
 
-def check_runtime(runtime: str) -> str:
-    """`runtime` itself. Raises InputError for an unknown one, MissingDependency when its packages are not installed."""
-    if runtime not in RUNTIMES:
-        raise InputError(f"No runtime is called {runtime!r}", fix=f"Known: {', '.join(RUNTIMES)}.")
-    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
-    if runtime == "onnxruntime" and missing:
+class _Eager:
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def bind(self, inputs: Any) -> Runner:
+        return functools.partial(call, self.model, inputs)
+
+    def outputs(self, inputs: Any) -> list[Tensor]:
+        with torch.inference_mode():
+            return flat_outputs(call(self.model, inputs))
+
+
+def _eager(models: list[nn.Module], inputs: Any, threads: int, fast: bool) -> list[Loaded]:
+    del inputs, threads, fast
+    return [_Eager(model) for model in models]
+
+
+_KNOWN = {
+    runtime.name: runtime
+    for runtime in (
+        Runtime(name="eager", title="PyTorch eager", load=_eager, everywhere=True),
+        runtime_compile.RUNTIME,
+        runtime_onnx.RUNTIME,
+        runtime_openvino.RUNTIME,
+        runtime_openvino.BFLOAT16,
+        runtime_executorch.RUNTIME,
+    )
+}
+RUNTIMES = tuple(_KNOWN)
+
+
+def runtime_named(name: str) -> Runtime:
+    """The description of a runtime. Raises InputError for an unknown one."""
+    if name not in _KNOWN:
+        raise InputError(f"No runtime is called {name!r}", fix=f"Known: {', '.join(RUNTIMES)}.")
+    return _KNOWN[name]
+
+
+def check_runtime(name: str) -> str:
+    """`name` itself. Raises InputError for an unknown runtime, MissingDependency when it is not all installed."""
+    runtime = runtime_named(name)
+    missing = [module for module in runtime.modules if find_spec(module) is None]
+    if missing:
         raise MissingDependency(
-            f"ONNX Runtime needs {', '.join(missing)}", fix="Install with `pip install palmette[onnx]`."
+            f"{runtime.title} needs {', '.join(missing)}", fix=f"Install with `pip install palmette[{runtime.extra}]`."
         )
-    return runtime
+    if runtime.check is not None:
+        runtime.check()
+    return name
+
+
+def load(
+    models: dict[str, nn.Module], inputs: Any, runtime: str, threads: int, *, fast: bool = False
+) -> dict[str, Loaded]:
+    """The models, in eval mode, in a runtime at the shapes of `inputs`. fast: prefer a quicker export.
+
+    What a runtime computes is held against the model itself. Raises InputError and MissingDependency as
+    `check_runtime`, InputError for a packed network of another runtime, ExportError when a model does not export or
+    the runtime computes something else.
+    """
+    described = runtime_named(check_runtime(runtime))
+    for name, model in models.items():
+        if isinstance(model, Packed) and runtime not in model.runtimes:
+            raise InputError(
+                f"{name!r} is a {type(model).__name__}, which {described.title} does not run",
+                fix=f"Use one of {', '.join(model.runtimes)}.",
+            )
+    here, placed = list(models.values()), inputs
+    if not described.everywhere:
+        here, placed = [_on_cpu(model) for model in here], map_tensors(lambda t: t.detach().cpu(), inputs)
+    found = dict(zip(models, described.load(here, placed, threads, fast), strict=True))
+    if runtime != "eager":
+        for model, loaded in zip(models.values(), found.values(), strict=True):
+            _check_same(described, model, loaded, inputs)
+    return found
 
 
 def runners(
     models: dict[str, nn.Module], inputs: Any, runtime: str, threads: int, *, fast: bool = False
 ) -> dict[str, Runner]:
-    """One bound forward pass per model, which is expected in eval mode. fast: see `to_onnx`."""
-    check_runtime(runtime)
-    if runtime == "eager":
-        return {name: lambda model=model: call(model, inputs) for name, model in models.items()}  # type: ignore[misc]
-    feeds = {f"in{i}": t.detach().cpu().numpy() for i, t in enumerate(tensors(inputs))}
-    found: dict[str, Runner] = {}
-    for name, graph in zip(models, to_onnx(list(models.values()), inputs, fast=fast), strict=True):
-        session = onnx_session(graph, threads)
-        used = {i.name: feeds[i.name] for i in session.get_inputs()}
-        found[name] = lambda session=session, used=used: session.run(None, used)  # type: ignore[misc]
-    return found
+    """One bound forward pass per model, which is expected in eval mode. Arguments and errors as for `load`."""
+    return {name: loaded.bind(inputs) for name, loaded in load(models, inputs, runtime, threads, fast=fast).items()}
 
 
-def onnx_session(graph: bytes, threads: int) -> Any:
-    """An ONNX Runtime session on the CPU with `threads` intra-op threads and one inter-op thread.
+def _on_cpu(model: nn.Module) -> nn.Module:
+    elsewhere = any(t.device.type != "cpu" for t in (*model.parameters(), *model.buffers()))
+    return copy.deepcopy(model).cpu() if elsewhere else model
 
-    Its threads stop spinning when a run ends, so that they do not slow what is timed next.
+
+def _check_same(runtime: Runtime, model: nn.Module, loaded: Loaded, inputs: Any) -> None:
+    """Raises ExportError when the loaded network's outputs are not the model's; chance and overflow cannot tell."""
+    eager = _Eager(model)
+    want = eager.outputs(inputs)
+    off = _deviation(want, loaded.outputs(inputs))
+    if off <= runtime.tolerance or _deviation(want, eager.outputs(inputs)) > runtime.tolerance:
+        return
+    raise ExportError(
+        f"{runtime.title} does not compute what the network computes",
+        why=f"its outputs differ by {off:.1e} of their norm, and {runtime.tolerance:g} is allowed",
+        fix="Look for operations that depend on values or on chance, or measure with the runtime 'eager'.",
+    )
+
+
+def _deviation(want: list[Tensor], got: list[Tensor]) -> float:
+    """Norm of the difference over the floating outputs, relative to the network's own; infinite for other shapes.
+
+    0 when the network's output is not finite or vanishes, so that nothing can be said.
     """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 4
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    try:
-        return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime's errors share no base class
-        raise ExportError(
-            "ONNX Runtime does not run this network",
-            why=" ".join(str(error).split())[:200],
-            fix="Measure with the runtime 'eager', or use float32.",
-        ) from error
-
-
-def to_onnx(models: list[nn.Module], inputs: Any, *, fast: bool = False) -> list[bytes]:
-    """ONNX graphs of the models at the shapes of `inputs`, all by the same exporter so that they compare.
-
-    Inputs are named in0, in1, ... in the order of `tensors(inputs)`. fast: by torch's older exporter (some 10 ms, not a
-    second) where it can do all of them and follows every value. Raises ExportError when a model does not export.
-    """
-    error: Exception | None = None
-    for dynamo in (False, True) if fast else (True,):
-        try:
-            return [_export(model, inputs, dynamo) for model in models]
-        except Exception as caught:  # noqa: BLE001 - exporters raise whatever they like
-            error = caught
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    raise ExportError("The network cannot be exported to ONNX", why=reason) from error
-
-
-def _export(model: nn.Module, inputs: Any, dynamo: bool) -> bytes:
-    flat = _Flat(model, inputs)
-    arguments = tuple(tensors(inputs))
-    names = [f"in{i}" for i in range(len(arguments))]
-    with tempfile.TemporaryDirectory() as folder, evaluating(model), quiet():
-        warnings.simplefilter("error", TracerWarning)  # a value that became a constant
-        path = Path(folder, "model.onnx")
-        torch.onnx.export(
-            flat.eval(), arguments, path, input_names=names, dynamo=dynamo, verbose=False, external_data=not dynamo
-        )
-        return path.read_bytes()
-
-
-class _Flat(nn.Module):
-    """A model as a function of its input tensors, in the order of `tensors(inputs)`, to a tuple of tensors."""
-
-    def __init__(self, model: nn.Module, inputs: Any) -> None:
-        super().__init__()
-        self.model = model
-        self.form = (inputs,)  # in a tuple: a tensor attribute would become a constant of the graph
-
-    def forward(self, *arguments: Tensor) -> tuple[Tensor, ...]:
-        following = iter(arguments)
-        output = call(self.model, map_tensors(lambda _: next(following), self.form[0]))
-        return tuple(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """No warnings, logs or prints from inside the block."""
-    level, log = logging.root.manager.disable, torch._C._jit_onnx_log
-    sink = io.StringIO()
-    with warnings.catch_warnings(), contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
-        warnings.simplefilter("ignore")
-        logging.disable(logging.CRITICAL)
-        torch._C._jit_onnx_log = lambda *_: None  # the older exporter's log goes past Python's streams
-        try:
-            yield
-        finally:
-            logging.disable(level)
-            torch._C._jit_onnx_log = log
+    if [tuple(t.shape) for t in want] != [tuple(t.shape) for t in got]:
+        return math.inf
+    power = noise = 0.0
+    for ours, theirs in zip(want, got, strict=True):
+        if ours.is_floating_point():
+            reference = ours.detach().cpu().double()
+            power += reference.square().sum().item()
+            noise += (theirs.detach().cpu().double() - reference).square().sum().item()
+    if not math.isfinite(power) or power == 0:
+        return 0.0
+    return math.sqrt(noise / power) if math.isfinite(noise) else math.inf
