@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -21,11 +21,19 @@ from palmette.stats import paired_difference
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """One row of the table: a name, a network in its final form, and the plan that led to it."""
+    """One row of the table: a name, a network in its final form, and the plan that led to it.
+
+    trainings: healing schedules it has had. width: share of channels pruned away. int8: quantised. costs: its depth,
+    MACs, parameters and peak bytes where the network itself cannot be read (a quantised one).
+    """
 
     name: str
     network: nn.Module
-    plan: Plan
+    plan: Plan = field(default_factory=Plan)
+    trainings: int = 0
+    width: float = 0.0
+    int8: bool = False
+    costs: dict[str, int] | None = None
 
 
 def contenders(session: Session, found: Search, winner: nn.Module, plan: Plan) -> list[Contender]:
@@ -64,7 +72,7 @@ def account(session: Session, rows: list[Contender]) -> list[dict[str, Any]]:
     Test data is looked at here and nowhere else, after everything has been decided.
     """
     split = session.val if session.test is None else session.test
-    costs = session.run.once("costs", lambda: [_static(session, row.network) for row in rows])
+    costs = session.run.once("costs", lambda: [row.costs or static(session, row.network) for row in rows])
     clocks = session.run.once("latencies", lambda: _latencies(session, rows))
     seen = session.run.once("accuracies", lambda: _accuracies(session, rows, split))
     return [
@@ -73,7 +81,8 @@ def account(session: Session, rows: list[Contender]) -> list[dict[str, Any]]:
     ]
 
 
-def _static(session: Session, network: nn.Module) -> dict[str, int]:
+def static(session: Session, network: nn.Module) -> dict[str, int]:
+    """Depth, MACs, parameters and peak bytes of a network."""
     cost = measure(network, session.example, runtimes=())
     return {"depth": cost.depth, "macs": cost.macs, "params": cost.params, "peak_bytes": cost.peak_bytes}
 
