@@ -22,6 +22,7 @@ from palmette.graph.affine import (
     with_edge,
 )
 from palmette.graph.capture import example_of, is_captured, make_inputs, set_shapes
+from palmette.graph.dead import MULTIPLE, narrow_dead
 from palmette.graph.edit import linear_runs
 from palmette.graph.ops import ChannelAffine, module_of, op_name, remove_dead
 from palmette.graph.paths import Element, Path, Reader
@@ -97,13 +98,18 @@ class _Choice:
 
 
 def collapse(
-    edited: nn.Module, cost: str | CostTable = "onnxruntime", force: bool = False, allow_inexact: bool = False
+    edited: nn.Module,
+    cost: str | CostTable = "onnxruntime",
+    force: bool = False,
+    allow_inexact: bool = False,
+    dead: bool = True,
 ) -> tuple[fx.GraphModule, CollapseRecord]:
     """The smaller plain module that computes what `edited` computes in eval mode, and a record of every merge.
 
     Uses the current (healed) weights of `edited`, which stays untouched. `cost`: "macs", a runtime ("eager",
     "onnxruntime") that is timed at batch 1, or a stored cost table; merges that do not lower it are refused unless
-    `force`. Merges that would change border pixels are refused unless `allow_inexact`. Algebra in float64.
+    `force`. Merges that would change border pixels are refused unless `allow_inexact`. `dead`: take out channels that
+    carry nothing afterwards, of all layers that write or read them. Algebra in float64.
     Raises InputError if `edited` did not come from Plan.apply.
     """
     if not is_captured(edited):
@@ -117,6 +123,8 @@ def collapse(
     )
     worker = _Worker(gm, record, table, force, allow_inexact)
     _finish(gm, worker.run())
+    if dead:
+        record.narrowed += narrow_dead(gm, MULTIPLE).narrowed
     return gm, record
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from palmette.graph.capture import is_captured
 from palmette.graph.collapse import collapse_again
+from palmette.graph.dead import remove_again
 from palmette.graph.inputs import call, inputs_of, main_output, map_tensors, tensors, to_device, with_batch
 
 EXACT = 1e-10
@@ -86,9 +87,21 @@ def _twins(edited: nn.Module, collapsed: nn.Module) -> tuple[nn.Module, nn.Modul
     twin: Any = float64_twin(edited)
     if not (is_captured(edited) and is_captured(collapsed)):
         return twin, float64_twin(collapsed)
-    before, after = (_decisions(network) for network in (edited, collapsed))
-    again = collapse_again(twin, after[len(before) :]).eval()
-    return twin, again if _same_weights(again, collapsed) else float64_twin(collapsed)
+    before, after = (_steps(network) for network in (edited, collapsed))
+    again = _repeated(twin, after[len(before) :])
+    return twin, again if again is not None and _same_weights(again, collapsed) else float64_twin(collapsed)
+
+
+def _repeated(twin: Any, steps: list[dict[str, Any]]) -> nn.Module | None:
+    """The twin after the same merges and narrowings, None if it was also edited in between."""
+    for step in steps:
+        if "decisions" in step:
+            twin = collapse_again(twin, step["decisions"])
+        elif "resize" in step:
+            twin = remove_again(twin, step["resize"])
+        else:
+            return None
+    return twin.eval()  # type: ignore[no-any-return]
 
 
 def _same_weights(twin: nn.Module, network: nn.Module) -> bool:
@@ -107,9 +120,9 @@ def _same_weights(twin: nn.Module, network: nn.Module) -> bool:
     return True
 
 
-def _decisions(network: Any) -> list[dict[str, Any]]:
-    """What was merged, narrowed and absorbed so far in a captured network."""
-    return list(network.meta["palmette"].get("decisions", []))
+def _steps(network: Any) -> list[dict[str, Any]]:
+    """What was done so far to a captured network."""
+    return list(network.meta["palmette"].get("steps", []))
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:
