@@ -23,7 +23,8 @@ from palmette.graph import Plan
 from palmette.registry import Method
 from palmette.train.checkpoint import load_checkpoint, load_model_tensors, model_tensors, save_checkpoint
 from palmette.train.constraints import zeros_kept
-from palmette.train.loop import LossTerm, heal
+from palmette.train.fade import fade_checkpoint, fade_in
+from palmette.train.loop import HealConfig, LossTerm, heal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,7 @@ class Branch:
         self.session, self.label = session, label
         self.network = copy.deepcopy(session.dense)
         self.plan = Plan([])
+        self.fresh: tuple[fx.GraphModule, Plan] | None = None  # what the last plan, not yet healed, was applied to
         self.watched: dict[str, float] | None = None
         self.trainings = 0
 
@@ -110,6 +112,7 @@ class Branch:
     def take(self, stored: dict[str, Any]) -> Choice:
         """Apply a journaled choice."""
         plan = Plan.from_json(stored["plan"])
+        self.fresh = (self.network, plan) if self.session.heal.fade > 0 else None
         self.network = plan.apply(self.network, self.session.example, pad=self.session.settings.pad)
         self.plan = self.plan + plan
         return Choice(
@@ -139,15 +142,19 @@ class Branch:
 
         self.watched = self.session.run.once(self.stage(number, "heal"), train)["watched"]
         self.trainings += 1
-        self._checkpoint(number).unlink(missing_ok=True)
+        for file in (self._checkpoint(number), fade_checkpoint(self._checkpoint(number))):
+            file.unlink(missing_ok=True)
         self.load(number)
 
     def _train(self, number: int, method: Method | None) -> dict[str, float] | None:
-        session = self.session
+        session, name = self.session, f"{self.label}-{number:03d}"
+        rest = self._fade_in(name)
         pool = session.pool(self.network) if method is not None and method.watch is not None else []
         if pool and method is not None and method.watch is not None:
-            method.watch(self.network, pool, session.config, steps=len(session.train))  # type: ignore[arg-type]
-        self._heal(self.network, f"{self.label}-{number:03d}", (), session.method.keeps_zeros)
+            steps = len(session.train)  # type: ignore[arg-type]
+            left = steps * rest.epochs - round(rest.begin * steps * rest.epochs)
+            method.watch(self.network, pool, session.config, steps=steps if rest.begin == 0 else left)
+        self._heal(self.network, name, (), session.method.keeps_zeros, rest)
         self.network.zero_grad(set_to_none=True)
         watched = None
         if pool and method is not None and method.unwatch is not None:
@@ -155,22 +162,53 @@ class Branch:
             method.unwatch(self.network)
         return watched
 
-    def _heal(self, network: fx.GraphModule, name: str, loss_terms: Sequence[LossTerm], keep_zeros: bool) -> None:
-        """One healing schedule, seeded and checkpointed under `name`."""
+    def _fade_in(self, name: str) -> HealConfig:
+        """Fade the last plan in, where that is asked for: its weights into the network, and what healing is left."""
+        session = self.session
+        if self.fresh is None:
+            return session.heal
+        edited, rest = fade_in(
+            *self.fresh,
+            session.example,
+            session.train,
+            session.heal,
+            pad=session.settings.pad,
+            keep_zeros=session.method.keeps_zeros,
+            **self._options(name),
+        )
+        load_model_tensors(self.network, model_tensors(edited), name)
+        return rest
+
+    def _heal(
+        self,
+        network: fx.GraphModule,
+        name: str,
+        loss_terms: Sequence[LossTerm],
+        keep_zeros: bool,
+        config: HealConfig | None = None,
+    ) -> None:
+        """One healing schedule (or what `config` says is left of it), seeded and checkpointed under `name`."""
         session = self.session
         heal(
             network,
             session.train,
-            session.heal,
-            teacher=session.dense if session.heal.distill > 0 else None,
-            loss_fn=session.loss_fn,
-            seed=session.settings.seed,
-            checkpoint=session.run.path(f"{name}-checkpoint.safetensors"),
-            label=name,
+            session.heal if config is None else config,
             loss_terms=loss_terms,
             constraints=[zeros_kept(network)] if keep_zeros else (),
+            **self._options(name),
         )
         network.eval()
+
+    def _options(self, name: str) -> dict[str, Any]:
+        """What every training of this branch is told alike."""
+        session = self.session
+        return {
+            "teacher": session.dense if session.heal.distill > 0 or session.heal.features > 0 else None,
+            "loss_fn": session.loss_fn,
+            "seed": session.settings.seed,
+            "checkpoint": session.run.path(f"{name}-checkpoint.safetensors"),
+            "label": name,
+        }
 
     def weights(self, number: int) -> Path:
         """The file that holds the healed weights of a round."""
@@ -184,6 +222,7 @@ class Branch:
         file = self.weights(number)
         load_model_tensors(self.network, load_checkpoint(file)[0], str(file))
         self.network.eval()
+        self.fresh = None
 
     def at(self, number: int) -> Branch:
         """The branch as it was after healing round `number` (-1: the dense network), rebuilt from the run folder."""
