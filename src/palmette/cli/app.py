@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from palmette.cli import demo, files, look, shrink
+from palmette.cli import curve, demo, files, look, shrink
 from palmette.errors import PalmetteError
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo.demo)
 app.command("shrink")(shrink.shrink)
+app.command("curve")(curve.curve)
 app.command("sites")(look.sites)
 app.command("measure")(look.measure)
 app.command("methods")(look.methods)

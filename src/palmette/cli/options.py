@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -50,6 +51,64 @@ Trust = Annotated[
     bool, typer.Option("--trust", help="Let files of others run their code. Only for sources that you trust.")
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")]
+
+CostName = Annotated[
+    str | None,
+    typer.Option(
+        "--cost",
+        metavar="RUNTIME",
+        help="The clock that decides: onnxruntime, eager, compile, openvino, executorch, macs, or a cost_table.json. "
+        "Default: onnxruntime if installed.",
+    ),
+]
+MethodOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option", "-o", metavar="NAME=VALUE", help="An option of the method (palmette methods NAME); may be repeated."
+    ),
+]
+Protect = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATH", help="Leave the site, or all sites below this path, alone; may be repeated."),
+]
+Pad = Annotated[
+    str | None, typer.Option(help="Borders of merged convolutions: repad (if not given), exact or bias_map.")
+]
+Epochs = Annotated[int | None, typer.Option(help="Healing epochs per round; 5 if not given.")]
+Rate = Annotated[float | None, typer.Option(help="Healing learning rate; 0.01 if not given.")]
+Optimizer = Annotated[str | None, typer.Option(help="Healing optimizer: sgd (if not given) or adamw.")]
+Distill = Annotated[
+    float | None, typer.Option(help="Weight of distillation from the dense network, 0 (if not given) to 1.")
+]
+Temperature = Annotated[float | None, typer.Option(help="Softening of distillation; 2 if not given.")]
+Features = Annotated[
+    float | None, typer.Option(help="Weight of distillation inside the network, 0 (if not given) or more.")
+]
+Fade = Annotated[
+    float | None, typer.Option(help="Share of healing over which an edit is faded in, 0 (if not given) to 1.")
+]
+Precision = Annotated[
+    str | None, typer.Option(help="Healing precision: auto (if not given), 32-true, bf16-mixed, 16-mixed, ...")
+]
+
+
+def method_config(method: str, options: list[str] | None) -> Any:
+    """The method's config from texts such as "rate=0.5"; None without any. Raises InputError, UnknownMethod."""
+    from palmette.errors import InputError
+    from palmette.registry import get_method
+
+    if not options:
+        return None
+    given: dict[str, Any] = {}
+    for text in options:
+        name, equals, value = text.partition("=")
+        if not equals or not name.strip():
+            raise InputError(f"--option {text!r} is no NAME=VALUE", fix="Write for instance --option batches=4")
+        try:
+            given[name.strip().replace("-", "_")] = json.loads(value)
+        except ValueError:
+            given[name.strip().replace("-", "_")] = value
+    return get_method(method).make_config(**given)
 
 
 def load_pair(

@@ -29,37 +29,25 @@ def shrink(
     target_latency: Annotated[
         str | None, typer.Option(metavar="TIME", help='Stop once reached: "3.2ms", or "0.5x" of the dense latency.')
     ] = None,
-    cost: Annotated[
-        str | None,
-        typer.Option(help="onnxruntime, eager, macs, or a cost_table.json. Default: onnxruntime if installed."),
-    ] = None,
+    option: opt.MethodOption = None,
+    cost: opt.CostName = None,
     threads: Annotated[int, typer.Option(help="Threads that latencies are measured with.")] = 1,
     rounds: Annotated[int | None, typer.Option(help="At most this many rounds.")] = None,
     step: Annotated[int, typer.Option(help="Candidates removed per round.")] = 1,
+    one_shot: Annotated[
+        bool, typer.Option("--one-shot", help="Remove to the target latency in one round, and heal once.")
+    ] = False,
     patience: Annotated[int, typer.Option(help="Rounds in a row that may miss before the end.")] = 2,
-    protect: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PATH", help="Leave the site, or all sites below this path, alone; may be repeated."),
-    ] = None,
-    pad: Annotated[
-        str | None, typer.Option(help="Borders of merged convolutions: repad (if not given), exact or bias_map.")
-    ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Healing epochs per round; 5 if not given.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Healing learning rate; 0.01 if not given.")] = None,
-    optimizer: Annotated[str | None, typer.Option(help="Healing optimizer: sgd (if not given) or adamw.")] = None,
-    distill: Annotated[
-        float | None, typer.Option(help="Weight of distillation from the dense network, 0 (if not given) to 1.")
-    ] = None,
-    temperature: Annotated[float | None, typer.Option(help="Softening of distillation; 2 if not given.")] = None,
-    features: Annotated[
-        float | None, typer.Option(help="Weight of distillation inside the network, 0 (if not given) or more.")
-    ] = None,
-    fade: Annotated[
-        float | None, typer.Option(help="Share of healing over which an edit is faded in, 0 (if not given) to 1.")
-    ] = None,
-    precision: Annotated[
-        str | None, typer.Option(help="Healing precision: auto (if not given), 32-true, bf16-mixed, 16-mixed, ...")
-    ] = None,
+    protect: opt.Protect = None,
+    pad: opt.Pad = None,
+    epochs: opt.Epochs = None,
+    lr: opt.Rate = None,
+    optimizer: opt.Optimizer = None,
+    distill: opt.Distill = None,
+    temperature: opt.Temperature = None,
+    features: opt.Features = None,
+    fade: opt.Fade = None,
+    precision: opt.Precision = None,
     calibration_batches: Annotated[int, typer.Option(help="Batches for scores and fits.")] = 32,
     controls: Annotated[bool, typer.Option(help="Also train dense + same training and random removal.")] = True,
     reproduce: Annotated[bool, typer.Option("--reproduce", help="The method in its paper's form.")] = False,
@@ -88,7 +76,8 @@ def shrink(
         fade=fade,
         precision=precision,
     )
-    check_request(method, reproduce=reproduce, max_drop=max_drop, target_latency=target_latency)
+    config = opt.method_config(method, option)
+    check_request(method, config=config, reproduce=reproduce, max_drop=max_drop, target_latency=target_latency)
     resolved, found = opt.load_pair(model, weights, data, image_size, batch_size, seed, trust)
     opt.warn_of_random_weights(model, weights)
     result = shrink_network(
@@ -98,6 +87,7 @@ def shrink(
         found.test,
         example_inputs=found.example_inputs,
         method=method,
+        config=config,
         max_drop=max_drop,
         target_latency=target_latency,
         protect=protect or [],
@@ -106,9 +96,10 @@ def shrink(
         heal=heal,
         rounds=rounds,
         step=step,
+        one_shot=one_shot,
         patience=patience,
         pad=pad,
-        cost=_cost(cost),
+        cost=cost_of(cost),
         threads=threads,
         calibration_loader=found.calibration,
         calibration_batches=calibration_batches,
@@ -122,7 +113,7 @@ def shrink(
     show(result, method)
 
 
-def _cost(text: str | None) -> Any:
+def cost_of(text: str | None) -> Any:
     """A runtime's name as it is; a file of stored timings as a table that never measures."""
     if text is None or not text.endswith(".json"):
         return text
