@@ -72,8 +72,8 @@ def account(session: Session, rows: list[Contender]) -> list[dict[str, Any]]:
     Test data is looked at here and nowhere else, after everything has been decided.
     """
     split = session.val if session.test is None else session.test
-    costs = session.run.once("costs", lambda: [row.costs or static(session, row.network) for row in rows])
-    clocks = session.run.once("latencies", lambda: _latencies(session, rows))
+    costs = session.run.once("costs", lambda: [row.costs or static(session, row.network) for row in rows], alone=True)
+    clocks = session.run.once("latencies", lambda: _latencies(session, rows), alone=True)
     seen = session.run.once("accuracies", lambda: _accuracies(session, rows, split))
     return [
         {"name": row.name, **count_edits(row.plan), **cost, "latency": clocks[row.name], **accuracy}

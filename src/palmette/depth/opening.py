@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from palmette import ranks
 from palmette.depth.accounts import has_onnx
 from palmette.depth.rounds import target_ms
 from palmette.depth.session import (
@@ -32,6 +33,7 @@ from palmette.meter.table import CostTable
 from palmette.registry import Method, MethodConfig, get_method
 from palmette.run import Run
 from palmette.train.loop import HealConfig
+from palmette.train.spread import Spread
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,12 @@ def opened(
     names: dict[str, str],
     verb: str = "shrink",
     more: dict[str, Any] | None = None,
+    spread: Spread | None = None,
 ) -> Iterator[Session]:
     """The session of a run in `run_dir`, or in a temporary folder.
 
-    more: further options that a resumed run must agree with. Raises a PalmetteError for input that cannot be used;
-    nothing is written then.
+    more: further options that a resumed run must agree with. spread: where it may work; several processes are started
+    once everything has been checked. Raises a PalmetteError for input that cannot be used; nothing is written then.
     """
     chosen, options = check_request(
         method,
@@ -83,9 +86,13 @@ def opened(
     described = {**asdict(settings), "method": chosen.name, "options": asdict(options), "protect": list(protect)}
     described |= {"heal": heal.recipe(), "network": weights_hash(model.state_dict()), **(more or {})}
     names = {"command": _as_call(verb, chosen.name, settings, heal), **names}
+    spread = spread or Spread()
     with (
+        spread.entered(heal.precision, data.train) as fabric,
         _folder(run_dir) as folder,
-        closing(Run(folder, resume=resume, command=names["command"], seed=settings.seed, config=described)) as run,
+        closing(
+            Run(folder, resume=resume, command=names["command"], seed=settings.seed, config=described | _processes())
+        ) as run,
     ):
         yield Session(
             model=model,
@@ -106,7 +113,14 @@ def opened(
             loss_fn=loss_fn,
             metric=metric,
             names=names,
+            fabric=fabric,
+            ray=spread.ray,
         )
+
+
+def _processes() -> dict[str, Any]:
+    """How many processes train, which a resumed run must agree with: so many batches make up one step."""
+    return {"processes": ranks.count()} if ranks.count() > 1 else {}
 
 
 def check_request(
@@ -181,14 +195,19 @@ def _table(cost: str | CostTable | None, run: Run, threads: int) -> CostTable:
 def _folder(run_dir: Path | None) -> Iterator[Path]:
     """The run folder, or a temporary one; one made by this call goes again when it fails before its first result."""
     if run_dir is None:
-        with tempfile.TemporaryDirectory(prefix="palmette-") as name:
+        name = ranks.from_first(lambda: tempfile.mkdtemp(prefix="palmette-"))
+        try:
             yield Path(name) / "run"
+            ranks.wait()
+        finally:
+            if ranks.leads():
+                shutil.rmtree(name, ignore_errors=True)
         return
     missing = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
     try:
         yield run_dir
     except PalmetteError:
-        if run_dir in missing and not any(run_dir.glob("*-000.safetensors")):
+        if ranks.leads() and run_dir in missing and not any(run_dir.glob("*-000.safetensors")):
             shutil.rmtree(run_dir, ignore_errors=True)
             for folder in missing[1:]:
                 with suppress(OSError):

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from palmette import ranks
 from palmette.deploy import export
 from palmette.depth.accounts import account, contenders, has_onnx
 from palmette.depth.branch import Branch
@@ -64,7 +65,7 @@ def _written(
     write_atomic(session.run.path("plan.json"), outcome.plan.to_json() + "\n")
     save_network(outcome.network, session.run.path("model.safetensors"), source=session.model)
     say("exporting")
-    exports = session.run.once("exports", lambda: _exports(session, outcome.network))
+    exports = session.run.once("exports", lambda: _exports(session, outcome.network), alone=True)
     record, verification = outcome.record, outcome.verification
     figures = figures | {
         "rounds": [entry.to_dict() for entry in found.rounds],
@@ -77,7 +78,8 @@ def _written(
         "message": outcome.message,
     }
     write_json(session.run.path("figures.json"), figures)
-    return replace(outcome, report=render(session.run.folder), exports=exports)
+    report = ranks.from_first(lambda: str(render(session.run.folder)))
+    return replace(outcome, report=Path(report), exports=exports)
 
 
 def _collapsed(

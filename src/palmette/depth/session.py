@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from lightning_fabric import Fabric
 from torch import fx, nn
 
+from palmette import ranks
 from palmette.errors import DataError, InputError
 from palmette.graph import Candidate, Edit, Site, candidates, drop, find_sites, linearize
 from palmette.graph.candidates import is_protected
@@ -86,6 +88,13 @@ class Session:
     metric: Callable[..., Any] | None = None
     names: dict[str, str] = field(default_factory=dict)
     ray: str | None = None
+    fabric: Fabric | None = None
+
+    @property
+    def trainer(self) -> Fabric | None:
+        """The Fabric that trains; None for our own, also where one of several processes works for itself."""
+        several = self.fabric is not None and self.fabric.world_size > 1
+        return None if several and ranks.count() == 1 else self.fabric
 
     def described(self) -> dict[str, Any]:
         """What figures.json says of the run as a whole."""

@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lightning_fabric import Fabric
 from torch import nn
 
+from palmette import ranks
 from palmette.depth.accounts import side_by_side
 from palmette.depth.opening import Loaders, opened
 from palmette.depth.outcome import finish, ranking_rows
@@ -28,6 +30,7 @@ from palmette.meter.table import CostTable
 from palmette.registry import Method, MethodConfig
 from palmette.train.evaluate import evaluate
 from palmette.train.loop import HealConfig
+from palmette.train.spread import Spread
 
 Say = Callable[[str], None]
 
@@ -90,6 +93,10 @@ def shrink(
     seed: int = 0,
     dry_run: bool = False,
     reproduce: bool = False,
+    devices: int = 1,
+    nodes: int = 1,
+    fabric: Fabric | None = None,
+    ray: str | None = None,
     names: dict[str, str] | None = None,
     say: Say | None = None,
 ) -> ShrinkResult:
@@ -100,6 +107,9 @@ def shrink(
     removal. cost: a runtime's name, "macs" or a CostTable. threads: those that latencies are measured with. names: what
     figures.json calls command, model and data. say: called with a line of text at every step, for instance print.
     Without run_dir nothing is kept, exported or reported.
+    devices, nodes: train with DDP over that many devices per node and share out the passes over data; Fabric starts the
+    processes by running the script again, so call it from one, seed what is random, and use run_dir's result in the
+    first process. fabric: one that is launched already. ray: where trials run, "local", "auto" or a cluster's address.
     Raises a PalmetteError for input that cannot be used (nothing is written then) and VerifyError when the result does
     not compute what its plan says.
     """
@@ -132,8 +142,9 @@ def shrink(
         loss_fn=loss_fn,
         metric=metric,
         names=names or {},
+        spread=Spread(devices=devices, nodes=nodes, fabric=fabric, ray=ray),
     ) as session:
-        return _preview(session) if dry_run else _run(session, say or _silent)
+        return _preview(session) if dry_run else _run(session, say if say and ranks.leads() else _silent)
 
 
 def _preview(session: Session) -> ShrinkResult:
