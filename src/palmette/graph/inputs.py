@@ -74,6 +74,12 @@ def with_batch(inputs: Any, n: int) -> Any:
     return map_tensors(fit, inputs)
 
 
+def one_sample(inputs: Any, index: int) -> Any:
+    """Sample `index` as a batch of 1; tensors that do not share the batch size stay."""
+    size = batch_size(inputs)
+    return map_tensors(lambda t: t[index : index + 1] if t.dim() and t.shape[0] == size else t, inputs)
+
+
 def to_device(inputs: Any, device: torch.device | str) -> Any:
     """`inputs` on `device`."""
     return map_tensors(lambda t: t.to(device), inputs)
