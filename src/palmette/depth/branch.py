@@ -25,6 +25,7 @@ from palmette.train.checkpoint import load_checkpoint, load_model_tensors, model
 from palmette.train.constraints import zeros_kept
 from palmette.train.fade import fade_checkpoint, fade_in
 from palmette.train.loop import HealConfig, LossTerm, heal
+from palmette.train.spread import steps_per_epoch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +87,7 @@ class Branch:
 
         stored = session.run.once(f"{self.label}-prepared", once)
         for file in session.run.folder.glob(f"{self.label}-prepare-*-checkpoint.safetensors"):
-            file.unlink()
+            file.unlink(missing_ok=True)
         load_model_tensors(self.network, load_checkpoint(weights)[0], str(weights))
         self.network.eval()
         self.trainings += stored["trainings"]
@@ -151,7 +152,7 @@ class Branch:
         rest = self._fade_in(name)
         pool = session.pool(self.network) if method is not None and method.watch is not None else []
         if pool and method is not None and method.watch is not None:
-            steps = len(session.train)  # type: ignore[arg-type]
+            steps = steps_per_epoch(session.train, session.trainer)
             left = steps * rest.epochs - round(rest.begin * steps * rest.epochs)
             method.watch(self.network, pool, session.config, steps=steps if rest.begin == 0 else left)
         self._heal(self.network, name, (), session.method.keeps_zeros, rest)
@@ -208,6 +209,7 @@ class Branch:
             "seed": session.settings.seed,
             "checkpoint": session.run.path(f"{name}-checkpoint.safetensors"),
             "label": name,
+            "fabric": session.trainer,
         }
 
     def weights(self, number: int) -> Path:
@@ -227,12 +229,13 @@ class Branch:
     def at(self, number: int) -> Branch:
         """The branch as it was after healing round `number` (-1: the dense network), rebuilt from the run folder."""
         other = Branch(self.session, self.label)
+        if number < 0:
+            return other
         other.prepare(self.session.method)
         other.trainings += (number + 1) * self.session.heals
         for index in range(number + 1):
             other.choose(index, _never)
-        if number >= 0:
-            other.load(number)
+        other.load(number)
         return other
 
 
