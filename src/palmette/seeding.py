@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data.distributed import DistributedSampler
 
 
 def derive_seed(*parts: object) -> int:
@@ -93,6 +94,8 @@ def seed_loader(loader: Any, seed: int, epoch: int = 0) -> None:
     for index, generator in enumerate(generators(loader)):
         _seed(generator, derive_seed(seed, index))
     for holder in _holders(loader):
+        if isinstance(holder, DistributedSampler):
+            holder.seed = seed >> 1  # its own is the same for every run
         if callable(getattr(holder, "set_epoch", None)):
             holder.set_epoch(epoch)
     if hasattr(loader, "_num_iter_calls"):  # Fabric's wrapper hands this count to a distributed sampler as its epoch
