@@ -26,22 +26,22 @@ from torch import nn
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
-import stored  # noqa: E402
-import vit  # noqa: E402
-from published import PUBLISHED  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+import stored
+import vit
+from published import PUBLISHED
+from safetensors.torch import load_file
 
-import palmette as pm  # noqa: E402
-from palmette.depth.opening import Loaders, opened  # noqa: E402
-from palmette.depth.rounds import search, summary  # noqa: E402
-from palmette.depth.session import Session, Settings  # noqa: E402
-from palmette.depth.width import prune_width  # noqa: E402
-from palmette.errors import PalmetteError  # noqa: E402
-from palmette.graph.inputs import with_batch  # noqa: E402
-from palmette.meter.latency import measure_latency  # noqa: E402
-from palmette.resolve import resolve_data  # noqa: E402
-from palmette.stats import paired_difference  # noqa: E402
-from palmette.train.loop import HealConfig, heal  # noqa: E402
+import palmette as pm
+from palmette.depth.opening import Loaders, opened
+from palmette.depth.rounds import search, summary
+from palmette.depth.session import Session, Settings
+from palmette.depth.width import prune_width
+from palmette.errors import PalmetteError
+from palmette.graph.inputs import with_batch
+from palmette.meter.latency import measure_latency
+from palmette.resolve import resolve_data
+from palmette.stats import paired_difference
+from palmette.train.loop import HealConfig, heal
 
 RESULTS = HERE.parent / "results"
 RESNET = "cifar10:{}?norm=imagenet&augment=flip-shift&batch=64&train={}"

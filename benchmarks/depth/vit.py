@@ -10,6 +10,7 @@ flip and shift. The weights go to RUNS/vit-cifar10.safetensors; a run that was c
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 
@@ -18,12 +19,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from stored import folder  # noqa: E402 - a neighbour of this folder
+from stored import folder
 
-from palmette.models import TransformerBlock  # noqa: E402
-from palmette.resolve import resolve_data  # noqa: E402
-from palmette.train.evaluate import evaluate  # noqa: E402
-from palmette.train.loop import HealConfig, heal  # noqa: E402
+from palmette.models import TransformerBlock
+from palmette.resolve import resolve_data
+from palmette.train.evaluate import evaluate
+from palmette.train.loop import HealConfig, heal
 
 WIDTH, DEPTH, HEADS = 160, 8, 4
 DATA = "cifar10:{}?norm=imagenet&augment=flip-shift&batch=128"
@@ -36,7 +37,7 @@ class StemVit(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         channels = (3, WIDTH // 4, WIDTH // 2, WIDTH)
-        for c_in, c_out in zip(channels[:-1], channels[1:], strict=True):
+        for c_in, c_out in itertools.pairwise(channels):
             layers += [nn.Conv2d(c_in, c_out, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()]
         self.stem = nn.Sequential(*layers[:-1])
         self.positions = nn.Parameter(torch.zeros(1, 16, WIDTH))
@@ -63,9 +64,7 @@ def trained(runs: Path, epochs: int = 12) -> Path:
     runs.mkdir(parents=True, exist_ok=True)
     data = resolve_data(DATA.format(folder() / "cifar10"))
     network = vit()
-    config = HealConfig(
-        epochs=epochs, lr=1e-3, optimizer="adamw", weight_decay=0.05, warmup=0.05, clip=1.0
-    )
+    config = HealConfig(epochs=epochs, lr=1e-3, optimizer="adamw", weight_decay=0.05, warmup=0.05, clip=1.0)
     loss = nn.CrossEntropyLoss(label_smoothing=0.1)
     heal(network, data.train, config, loss_fn=loss, checkpoint=runs / "vit-checkpoint.safetensors", label="vit")
     seen = evaluate(network, data.val)
