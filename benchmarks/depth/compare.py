@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from torch import nn
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 import stored
 import vit
 from published import PUBLISHED
@@ -43,7 +43,7 @@ from palmette.resolve import resolve_data
 from palmette.stats import paired_difference
 from palmette.train.loop import HealConfig, heal
 
-RESULTS = HERE.parent / "results"
+RESULTS = Path(__file__).resolve().parent.parent / "results"
 RESNET = "cifar10:{}?norm=imagenet&augment=flip-shift&batch=64&train={}"
 
 
