@@ -9,22 +9,25 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Protocol, TypeVar
-
-import torch
-import torch.distributed as dist
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from palmette.errors import PalmetteError, RunError, error_from
+
+if TYPE_CHECKING:  # the command line answers --help without torch
+    import torch
+    from torch import Tensor
 
 T = TypeVar("T")
 
 _acting: ContextVar[bool | None] = ContextVar("acting together", default=None)  # False: alone, on purpose
 
+_RANKS = ("RANK", "SLURM_PROCID", "NODE_RANK", "LOCAL_RANK")
 _GONE = re.compile(r"gloo|nccl|peer|connection|broken pipe|socket|process ?group", re.IGNORECASE)
 
 
@@ -41,6 +44,7 @@ class Summable(Protocol):
 @contextmanager
 def together() -> Iterator[None]:
     """Inside the block the processes of torch.distributed, if there are several, work on one thing."""
+    dist = _distributed()
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     yield from _switched(several and _acting.get() is not False)
 
@@ -61,12 +65,12 @@ def _switched(on: bool) -> Iterator[None]:
 
 def count() -> int:
     """How many processes work together here."""
-    return dist.get_world_size() if _acting.get() else 1
+    return int(_distributed().get_world_size()) if _acting.get() else 1
 
 
 def rank() -> int:
     """The number of this process among them, from 0."""
-    return dist.get_rank() if _acting.get() else 0
+    return int(_distributed().get_rank()) if _acting.get() else 0
 
 
 def leads() -> bool:
@@ -75,8 +79,11 @@ def leads() -> bool:
 
 
 def is_first() -> bool:
-    """Whether this process is the first of torch.distributed, or the only one, whether they work together or not."""
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+    """Whether this process is the first of those that were started together, by what their environment says."""
+    dist = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_available() and dist.is_initialized():
+        return bool(dist.get_rank() == 0)
+    return all(os.environ.get(name, "0") == "0" for name in _RANKS)
 
 
 def mine(number: int) -> bool:
@@ -110,7 +117,7 @@ def from_first(work: Callable[[], T]) -> T:
     if failure is not None:
         raise failure
     if "error" in heard:
-        raise error_from(heard["error"])
+        raise _theirs(heard["error"])
     value: T = answer["value"] if leads() else heard["value"]
     return value
 
@@ -119,6 +126,8 @@ def gathered(value: Any) -> list[Any]:
     """The JSON value of each process, in their order."""
     if count() == 1:
         return [value]
+    import torch
+
     own = _bytes(json.dumps(value))
     sizes = [int(size) for size in _all(torch.tensor([own.numel()], dtype=torch.int64))]
     padded = torch.zeros(max(sizes), dtype=torch.uint8)
@@ -144,7 +153,14 @@ def joint() -> Iterator[None]:
         raise failure
     for number, other in enumerate(words):
         if other is not None:
-            raise error_from({**other, "where": other.get("where") or f"process {number}"})
+            raise _theirs({**other, "where": other.get("where") or f"process {number}"})
+
+
+def _theirs(words: dict[str, Any]) -> PalmetteError:
+    """The error of another process."""
+    error = error_from(words)
+    error.elsewhere = True
+    return error
 
 
 def in_words(error: Exception) -> dict[str, Any]:
@@ -157,20 +173,24 @@ def in_words(error: Exception) -> dict[str, Any]:
 def add_up(parts: Sequence[Summable]) -> None:
     """Give each of `parts` the totals over all processes; these hold as many parts, in the same order.
 
-    Counts are exact. One sum per type of number, whatever the number of parts.
+    Counts are exact. One sum per type of number, whatever the number of parts. Raises TypeError for other types.
     """
     if count() == 1:
         return
+    import torch
+
     own = [part.totals() for part in parts]
-    layouts = gathered([{name: [_TYPES[t.dtype], list(t.shape)] for name, t in sums.items()} for sums in own])
+    if other := {t.dtype for sums in own for t in sums.values()} - {torch.int64, torch.float64}:
+        raise TypeError(f"totals are int64 or float64, not {other}")
+    layouts = gathered([{name: [str(t.dtype), list(t.shape)] for name, t in sums.items()} for sums in own])
     merged = [{name: spec for layout in layouts for name, spec in layout[i].items()} for i in range(len(parts))]
     totals: list[dict[str, Tensor]] = [{} for _ in parts]
-    for dtype, word in _TYPES.items():
+    for dtype in (torch.int64, torch.float64):
         entries = [
             (i, name, shape)
             for i, names in enumerate(merged)
             for name, (kind, shape) in sorted(names.items())
-            if kind == word
+            if kind == str(dtype)
         ]
         if not entries:
             continue
@@ -183,14 +203,11 @@ def add_up(parts: Sequence[Summable]) -> None:
         part.take(sums)
 
 
-_TYPES = {torch.int64: "int64", torch.float64: "float64"}
-
-
 def _summed(values: Tensor) -> Tensor:
     """The sum of a flat tensor over the processes, on the CPU."""
     moved = values.to(_device(), copy=True)
     with reached():
-        dist.all_reduce(moved)
+        _distributed().all_reduce(moved)
     return moved.cpu()
 
 
@@ -203,23 +220,26 @@ def reached() -> Iterator[None]:
         words = str(error).partition("\n")[0]
         if not _GONE.search(words):
             raise
-        raise RunError(
-            "Another process of this run has ended",
-            where=f"process {dist.get_rank()}",
-            why=words,
-            fix="What it printed says why; with --resume the run goes on.",
-        ) from error
+        gone = RunError(
+            "Another process of this run has ended", why=words, fix="What it printed says why; --resume goes on."
+        )
+        gone.elsewhere = True
+        raise gone from error
 
 
 def wait() -> None:
     """Until every process is here."""
     if count() > 1:
+        import torch
+
         _summed(torch.ones(1, dtype=torch.int64))
 
 
 def _told(text: str) -> str:
     """The first process's text."""
-    own = _bytes(text)
+    import torch
+
+    own, dist = _bytes(text), _distributed()
     size = torch.tensor([own.numel()], dtype=torch.int64, device=_device())
     with reached():
         dist.broadcast(size, src=0)
@@ -230,14 +250,24 @@ def _told(text: str) -> str:
 
 def _all(own: Tensor) -> list[Tensor]:
     """The tensor of each process, all of one shape, on the CPU."""
+    import torch
+
     moved = own.to(_device())
     parts = [torch.empty_like(moved) for _ in range(count())]
     with reached():
-        dist.all_gather(parts, moved)
+        _distributed().all_gather(parts, moved)
     return [part.cpu() for part in parts]
 
 
+def _distributed() -> Any:
+    import torch.distributed
+
+    return torch.distributed
+
+
 def _bytes(text: str) -> Tensor:
+    import torch
+
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
 
@@ -247,4 +277,8 @@ def _text(data: Tensor) -> str:
 
 def _device() -> torch.device:
     """Where the process group wants its tensors."""
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    import torch
+
+    if _distributed().get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")

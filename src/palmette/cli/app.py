@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from palmette.cli import curve, demo, files, look, shrink
+from palmette import ranks
+from palmette.cli import curve, demo, files, look, shrink, tables
 from palmette.errors import PalmetteError
 
 app = typer.Typer(
@@ -53,13 +54,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [argument for argument in given if argument != "--debug"]
+    first = ranks.is_first()  # several processes of one run: the first speaks
+    tables.console.quiet = not first
     try:
         app(args=given, prog_name="palmette")
     except PalmetteError as error:
         if debug:
             raise
-        typer.echo("palmette: " + " ".join(str(error).split()), err=True)
+        if first or not error.elsewhere:
+            typer.echo(f"palmette{'' if first else ', another process'}: {' '.join(str(error).split())}", err=True)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        typer.echo("palmette: interrupted; the same command with --resume continues", err=True)
+        if first:
+            typer.echo("palmette: interrupted; the same command with --resume continues", err=True)
         raise SystemExit(130) from None

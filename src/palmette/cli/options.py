@@ -50,6 +50,19 @@ Classes = Annotated[int | None, typer.Option("--classes", min=1, help="Number of
 Trust = Annotated[
     bool, typer.Option("--trust", help="Let files of others run their code. Only for sources that you trust.")
 ]
+Devices = Annotated[
+    int,
+    typer.Option(
+        "--devices", min=1, help="GPUs, or processes where there is none, that work together; --batch-size is each's."
+    ),
+]
+Nodes = Annotated[
+    int, typer.Option("--nodes", min=1, help="Machines with so many devices each; start the command on every one.")
+]
+Ray = Annotated[
+    str | None,
+    typer.Option("--ray", metavar="ADDRESS", help='Where trials run: "local", "auto" or the address of a Ray cluster.'),
+]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")]
 
 CostName = Annotated[

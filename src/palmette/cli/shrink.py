@@ -54,6 +54,9 @@ def shrink(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the ranking and the expected time; write nothing.")
     ] = False,
+    devices: opt.Devices = 1,
+    nodes: opt.Nodes = 1,
+    ray: opt.Ray = None,
     image_size: opt.ImageSize = None,
     batch_size: opt.BatchSize = 64,
     seed: opt.Seed = 0,
@@ -107,6 +110,9 @@ def shrink(
         seed=seed,
         dry_run=dry_run,
         reproduce=reproduce,
+        devices=devices,
+        nodes=nodes,
+        ray=ray,
         names={"command": command_line(), "model": model, "data": data},
         say=tables.say,
     )
