@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from palmette.errors import PlanError
 from palmette.graph import Plan, capture, drop, find_sites, linearize
-from palmette.graph.blend import Blend, blend_towards, blends, insert_blends, remove_blends
+from palmette.graph.blend import Blend, Line, Share, blends, insert_blends, line_of, remove_blends
 
 
 class _Post(nn.Module):
@@ -69,7 +69,9 @@ def test_the_mix_is_the_one_written_by_hand(shares):
     stem, first, first_out, second, second_out = paths(network, "activation")
     blocks = paths(network, "block")
     sites = [stem, first, first_out, blocks[0], second, second_out, blocks[1]]
-    insert_blends(network, {path: Blend(share=s) for path, s in zip(reversed(sites), reversed(shares), strict=True)})
+    insert_blends(
+        network, {path: Blend(share=Share(s)) for path, s in zip(reversed(sites), reversed(shares), strict=True)}
+    )
 
     def mix(share: float, z: Tensor, y: Tensor) -> Tensor:
         return share * z + (1 - share) * y
@@ -88,14 +90,14 @@ def test_at_share_one_it_is_the_edited_network(network, x):
     inner, block = paths(network, "activation")[1], paths(network, "block")[1]
     plan = Plan([linearize(inner, force=True), drop(block)]).fit(network, [x], x[:2])
     edited = plan.apply(network, x[:2], pad="exact")
-    insert_blends(network, {edit.site: blend_towards(network, edit, share=1.0) for edit in plan})
+    insert_blends(network, {edit.site: Blend(line_of(network, edit), Share(1.0)) for edit in plan})
     torch.testing.assert_close(network(x), edited(x))
 
 
 def test_an_unfitted_edit_and_an_unknown_site_are_refused(network):
     inner = paths(network, "activation")[1]
     with pytest.raises(PlanError, match="no slopes"):
-        blend_towards(network, linearize(inner))
+        line_of(network, linearize(inner))
     code = network.code
     with pytest.raises(PlanError, match="No site is called 'nothing'"):
         insert_blends(network, {inner: Blend(), "nothing": Blend()})
@@ -105,14 +107,14 @@ def test_an_unfitted_edit_and_an_unknown_site_are_refused(network):
 def test_a_site_is_blended_once_and_further_ones_may_follow(network, x):
     inner, block = paths(network, "activation")[1], paths(network, "block")[0]
     code = network.code
-    insert_blends(network, {block: Blend(share=0.5)})
-    insert_blends(network, {inner: Blend(share=0.5)})
+    insert_blends(network, {block: Blend(share=Share(0.5))})
+    insert_blends(network, {inner: Blend(share=Share(0.5))})
     with pytest.raises(PlanError, match="blended already"):
         insert_blends(network, {inner: Blend()})
     after = network(x)
     remove_blends(network)
     assert network.code == code
-    insert_blends(network, {inner: Blend(share=0.5), block: Blend(share=0.5)})
+    insert_blends(network, {inner: Blend(share=Share(0.5)), block: Blend(share=Share(0.5))})
     assert torch.equal(network(x), after)
 
 
@@ -121,34 +123,49 @@ def test_shares_train_survive_a_copy_and_do_not_fall_below_zero(network, x):
     insert_blends(network, {inner: Blend()})
     twin = copy.deepcopy(network).train()
     (blend,) = blends(twin).values()
+    twin(x).square().sum().backward()
+    assert bool(blend.share.parameter.grad != 0)
     for sign in (-1.0, 1.0):
-        twin.zero_grad()
-        twin(x).square().sum().backward()
-        assert blend.share.grad is not None
-        assert bool(blend.share.grad != 0)
-        blend.set_share(-1.0)
-        twin.zero_grad()
+        blend.zero_grad()
+        with torch.no_grad():
+            blend.share.parameter.fill_(-1.0)
         (sign * blend(x, x.relu()).sum()).backward()
-        assert float(blend.share.detach()) == 0.0
-        assert float(blend.share.grad) == pytest.approx(sign * float((x - x.relu()).sum()), rel=1e-5)
-    assert float(blends(network)[inner].share.detach()) == 0.0
+        assert float(blend.share().detach()) == 0.0
+        assert float(blend.share.parameter.grad) == pytest.approx(sign * float((x - x.relu()).sum()), rel=1e-5)
+    assert float(blends(network)[inner].share().detach()) == 0.0
 
 
-def test_a_scheduled_share_is_no_parameter(network, x):
-    inner = paths(network, "activation")[1]
-    known = len(list(network.parameters()))
-    insert_blends(network, {inner: Blend(learnable=False)})
-    before = network(x)
-    assert len(list(network.parameters())) == known
-    blends(network)[inner].set_share(1.0)
-    assert not torch.allclose(network(x), before)
+@pytest.mark.parametrize("gain", [1.0, 3.0])
+def test_a_share_learns_faster_by_the_square_of_its_gain(gain):
+    share = Share(0.5, gain=gain)
+    optimizer = torch.optim.SGD(share.parameters(), lr=0.01)
+    share().backward()
+    optimizer.step()
+    assert float(share().detach()) == pytest.approx(0.5 - 0.01 * gain**2)
+
+
+def test_sites_may_have_one_share_between_them(network, x):
+    first, _, second = paths(network, "activation")[:3]
+    share, known = Share(0.3), len(list(network.parameters()))
+    insert_blends(network, {first: Blend(share=share), second: Blend(share=share)})
+    assert len(list(network.parameters())) == known + 1
+    network(x).square().sum().backward()
+    whole = float(share.parameter.grad)
+    parts = []
+    for path in (first, second):
+        remove_blends(network)
+        apart = {p: Blend(share=Share(0.3)) for p in (first, second)}
+        insert_blends(network, apart)
+        network(x).square().sum().backward()
+        parts.append(float(apart[path].share.parameter.grad))
+    assert whole == pytest.approx(sum(parts), rel=1e-4)
 
 
 def test_modules_take_on_mode_and_dtype(network):
     inner = paths(network, "activation")[1]
     network.double().train()
-    insert_blends(network, {inner: Blend(torch.ones(6), torch.zeros(6), axis=1)})
+    insert_blends(network, {inner: Blend(Line(torch.ones(6), torch.zeros(6), axis=1))})
     (blend,) = blends(network).values()
     assert blend.training
-    assert blend.slope.dtype == torch.float64
+    assert blend.line.slope.dtype == torch.float64
     assert network(torch.randn(2, 2, 6, 6, dtype=torch.float64)).dtype == torch.float64

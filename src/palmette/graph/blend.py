@@ -27,76 +27,82 @@ if TYPE_CHECKING:
 _MARK = "blend"  # node metadata: the path of the site that the node blends
 
 
-class Blend(nn.Module):
-    """`share * fit(z) + (1 - share) * y` of a site's input z and output y, with the scalar `share` clipped at >= 0.
+class Line(nn.Module):
+    """`slope * z + offset` with one number each per channel of `axis`, or z itself; what may replace an activation."""
 
-    fit(z) is z itself, or `slope * z + offset` with one number each per channel of `axis`. At share 0 the network is as
-    it was, at 1 as if the site were replaced by the fit. learnable: the share is a parameter that trains with the
-    network (without weight decay, being a scalar); otherwise set it with `set_share`.
-    """
-
-    share: Tensor
     slope: Tensor | None
     offset: Tensor | None
 
-    def __init__(
-        self,
-        slope: Tensor | None = None,
-        offset: Tensor | None = None,
-        axis: int = -1,
-        *,
-        share: float = 0.0,
-        learnable: bool = True,
-    ) -> None:
+    def __init__(self, slope: Tensor | None = None, offset: Tensor | None = None, axis: int = -1) -> None:
         super().__init__()
         self.axis = axis
-        start = torch.tensor(float(share))
-        if learnable:
-            self.share = nn.Parameter(start)
-        else:
-            self.register_buffer("share", start)
         self.register_buffer("slope", None if slope is None else slope.detach().clone())
         self.register_buffer("offset", None if offset is None else offset.detach().clone())
 
-    def fit(self, before: Tensor) -> Tensor:
-        """What replaces the site's output: [batch, ...] -> the same shape."""
-        shape = [1] * before.dim()
+    def forward(self, z: Tensor) -> Tensor:
+        """[batch, ...] -> the same shape."""
+        if self.slope is None or self.offset is None:
+            return z
+        shape = [1] * z.dim()
         shape[self.axis] = -1
-        fitted = before if self.slope is None else before * self.slope.view(shape)
-        return fitted if self.offset is None else fitted + self.offset.view(shape)
-
-    def forward(self, before: Tensor, after: Tensor) -> Tensor:
-        """The mix of the site's input and output, of their shape."""
-        if self.training:
-            with torch.no_grad():  # a projection, so that a share that fell below 0 still feels its gradient
-                self.share.clamp_(min=0)
-        share = self.share.to(after.dtype)
-        return share * self.fit(before) + (1 - share) * after
-
-    def set_share(self, share: float) -> None:
-        """Set the share by hand, as a schedule does."""
-        with torch.no_grad():
-            self.share.fill_(share)
-
-    def extra_repr(self) -> str:
-        """The present share, for printing."""
-        return f"share={float(self.share):.3g}"
+        return z * self.slope.view(shape) + self.offset.view(shape)
 
 
-def blend_towards(gm: fx.GraphModule, edit: Edit, *, share: float = 0.0, learnable: bool = True) -> Blend:
-    """A Blend that becomes, at share 1, what a fitted edit puts in place of its site: a linearisation, or nothing.
+def line_of(gm: fx.GraphModule, edit: Edit) -> Line:
+    """What a fitted edit puts in place of its site: the line of a linearisation, the input itself for a drop.
 
-    Padding is not moved. Raises PlanError when the edit is not fitted or names an activation that is not there.
+    Raises PlanError when the edit is not fitted or names an activation that is not there.
     """
     if not edit.fitted:
         raise PlanError(f"The edit of '{edit.site}' has no slopes yet", fix="Call plan.fit(model, loader) first.")
-    if edit.kind != "linearize" or edit.slope is None or edit.offset is None:
-        return Blend(share=share, learnable=learnable)
+    if edit.slope is None or edit.offset is None:
+        return Line()
     activation = next((a for a in find_activations(gm) if a.path == edit.site), None)
     if activation is None:
         raise _no_site(edit.site)
     slope, offset = (torch.tensor(values, dtype=torch.float64) for values in (edit.slope, edit.offset))
-    return Blend(slope, offset, site_axis(gm, activation), share=share, learnable=learnable)
+    return Line(slope, offset, site_axis(gm, activation))
+
+
+class Share(nn.Module):
+    """A learnt number, clipped at >= 0 by projection; several blends may have one between them.
+
+    It is `gain` times a parameter, so that it learns gain^2 times faster than the weights under gradient descent, and
+    gain times faster under Adam. Being a scalar it has no weight decay.
+    """
+
+    def __init__(self, start: float = 0.0, *, gain: float = 1.0) -> None:
+        super().__init__()
+        self.gain = gain
+        self.parameter = nn.Parameter(torch.tensor(start / gain))
+
+    def forward(self) -> Tensor:
+        """The share, a scalar."""
+        if self.training:
+            with torch.no_grad():  # a projection, so that a share that fell below 0 still feels its gradient
+                self.parameter.clamp_(min=0)
+        return self.gain * self.parameter
+
+    def extra_repr(self) -> str:
+        """The present share, for printing."""
+        return f"{self.gain * float(self.parameter.detach()):.3g}"
+
+
+class Blend(nn.Module):
+    """`share * line(z) + (1 - share) * y` of a site's input z and output y.
+
+    At share 0 the network is as it was, at 1 as if the site were replaced by the line.
+    """
+
+    def __init__(self, line: Line | None = None, share: Share | None = None) -> None:
+        super().__init__()
+        self.line = line or Line()
+        self.share = share or Share()
+
+    def forward(self, before: Tensor, after: Tensor) -> Tensor:
+        """The mix of the site's input and output, of their shape."""
+        share = self.share().to(after.dtype)
+        return share * self.line(before) + (1 - share) * after  # type: ignore[no-any-return]
 
 
 def insert_blends(gm: fx.GraphModule, targets: Mapping[str, nn.Module]) -> None:

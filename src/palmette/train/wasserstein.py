@@ -40,11 +40,10 @@ def max_sliced_wasserstein(
     (for p = 2 a power iteration with the pairing of the moment) and is undone where the distance does not grow. The
     result is then at least the one without, and nearer to the maximum over all directions.
 
-    relative: divide by the root mean square of the numbers in x, taken as a constant. A random direction in d
-    dimensions sees 1/sqrt(d) of a vector's length, and so of a difference; the root mean square of x's *coordinates* is
-    just 1/sqrt(d) of its length too, so the quotient depends neither on the scale of the features nor on their number:
-    it is about |x - y| / |x|. With `optimise` the direction is no longer random, and the quotient may be up to sqrt(d)
-    times larger.
+    relative: divide by what a direction of that kind sees of the input, taken as a constant, so that the result depends
+    neither on the scale of the features nor on their number d: it is about |x - y| / |x|. A random direction sees
+    1/sqrt(d) of a vector's length, which is the root mean square of its coordinates; that of x is the divisor. A
+    direction found by ascent may see all of it; the divisor is then the root mean square length of the samples of x.
 
     Raises InputError for samples of different shapes or sizes, no sample, or arguments out of bounds.
     """
@@ -62,7 +61,7 @@ def max_sliced_wasserstein(
     largest = _costs(x, y, directions, p).max()
     positive = largest > 0  # the p-th root has no finite slope at 0, where the gradient is 0 in the mean of both sides
     distance = torch.where(positive, torch.where(positive, largest, 1.0) ** (1 / p), 0.0)
-    return distance / _size(x) if relative else distance
+    return distance / _size(x, ascended=optimise > 0) if relative else distance
 
 
 def _check_arguments(projections: int, p: float, optimise: int) -> None:
@@ -102,9 +101,9 @@ def _ascended(x: Tensor, y: Tensor, directions: Tensor, p: float) -> Tensor:
     return torch.where(better, moved, directions)
 
 
-def _size(x: Tensor) -> Tensor:
-    """Root mean square of the coordinates, a constant for the gradient; 1 for samples that are 0 throughout."""
-    size = x.detach().square().mean().sqrt()
+def _size(x: Tensor, *, ascended: bool) -> Tensor:
+    """Root mean square of the coordinates or of the lengths of x [batch, features], a constant; 1 where x is 0."""
+    size = x.detach().square().mean().sqrt() * (x.shape[1] ** 0.5 if ascended else 1.0)
     return torch.where(size > 0, size, torch.ones_like(size))
 
 
