@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from palmette.graph import capture
 from palmette.train.checkpoint import digest, model_tensors
 from palmette.train.config import HealConfig
 from palmette.train.loop import heal
@@ -78,6 +79,7 @@ CASES = {
     ),
     "by-the-clock": ({}, {**SGD, "checkpoint_seconds": 0.02}),
     "channels-last": ({}, {**ADAMW, **EVERY_3}),
+    "features": ({}, {**SGD, **EVERY_3, "distill": 0.7, "features": 0.5, "precision": "bf16-mixed"}),
 }
 
 
@@ -89,6 +91,8 @@ def run(case: str, folder: Path) -> None:
     teacher, model = Net(), Net()
     if case == "channels-last":
         model = model.to(memory_format=torch.channels_last)
+    if case == "features":
+        teacher, model = (capture(network, torch.zeros(2, 3, 6, 6)) for network in (teacher, model))
     if options.pop("generator", False):
         options["generator"] = torch.Generator().manual_seed(3)
     loader = DataLoader(Noisy(), batch_size=8, shuffle=True, **options)

@@ -25,6 +25,7 @@ CASES = (
     "adamw-persistent-workers",
     "by-the-clock",
     "channels-last",
+    pytest.param("features", marks=pytest.mark.slow),
 )
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")

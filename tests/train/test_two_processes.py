@@ -15,10 +15,10 @@ from palmette.train import load_checkpoint
 JOB = Path(__file__).with_name("two_processes.py")
 
 
-def launch(folder: Path, *arguments: str) -> int:
+def launch(case: str, folder: Path, *arguments: str) -> int:
     folder.mkdir(exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(JOB), str(folder), *arguments]
+    command = [sys.executable, str(JOB), case, str(folder), *arguments]
     return subprocess.run(command, env=environment, capture_output=True, timeout=200, check=False).returncode
 
 
@@ -26,13 +26,28 @@ def launch(folder: Path, *arguments: str) -> int:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
 def test_two_processes_agree_and_resume(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert launch(whole) == 0
+    assert launch("plain", whole) == 0
     found = [json.loads((whole / f"outcome-{rank}.json").read_text()) for rank in (0, 1)]
     assert found[0] == found[1]
     assert found[0]["steps"] == 9  # 60 samples, two processes, batches of 10, three epochs
-    assert launch(broken, "5") != 0
+    assert launch("plain", broken, "5") != 0
     assert load_checkpoint(broken / "state.safetensors")[1]["place"] == {
         "epoch": 1, "step": 0, "loss_sum": 0.0, "samples": 0,
     }  # fmt: skip
-    assert launch(broken) == 0
+    assert launch("plain", broken) == 0
     assert (broken / "state.safetensors").read_bytes() == (whole / "state.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+def test_two_processes_fade_a_plan_in_and_resume(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert launch("fading", whole) == 0
+    found = [json.loads((whole / f"outcome-{rank}.json").read_text()) for rank in (0, 1)]
+    assert found[0] == found[1]
+    assert found[0]["steps"] == 9
+    assert launch("fading", broken, "7") != 0  # four steps fade; the epoch of step 7 begins after the sixth
+    assert load_checkpoint(broken / "state.safetensors")[1]["place"]["epoch"] == 2
+    assert launch("fading", broken) == 0
+    for name in ("state.safetensors", "state-fade.safetensors"):
+        assert (broken / name).read_bytes() == (whole / name).read_bytes()

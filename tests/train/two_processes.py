@@ -1,4 +1,7 @@
-"""Heal in two processes: `two_processes.py FOLDER [STEP]`, where every process ends abruptly before step STEP."""
+"""Heal in two processes: `two_processes.py CASE FOLDER [STEP]`, where every process ends abruptly before step STEP.
+
+CASE: "plain", or "fading" for features of a teacher and a plan that fades in.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,13 @@ from pathlib import Path
 import torch
 from lightning_fabric import Fabric
 
+from palmette.graph import Plan, capture, drop, linearize
 from palmette.train import HealConfig, heal
 from palmette.train.checkpoint import digest, model_tensors
+from palmette.train.fade import heal_fading
 
 
-def job(fabric: Fabric, folder: Path, stop: int | None) -> None:
+def job(fabric: Fabric, case: str, folder: Path, stop: int | None) -> None:
     """Heal the shared small network and write what came out, one file per process."""
     torch.set_num_threads(1)
     spec = importlib.util.spec_from_file_location("nets", Path(__file__).with_name("nets.py"))
@@ -30,13 +35,21 @@ def job(fabric: Fabric, folder: Path, stop: int | None) -> None:
             os._exit(3)
         return output.new_zeros(())
 
-    model, config = nets.net(), HealConfig(epochs=3, lr=0.05)
-    checkpoint = folder / "state.safetensors"
-    history = heal(model, nets.loader(), config, fabric=fabric, checkpoint=checkpoint, loss_terms=[watch])
+    options = {"fabric": fabric, "checkpoint": folder / "state.safetensors", "loss_terms": [watch]}
+    history = []
+    if case == "plain":
+        model = nets.net()
+        history = heal(model, nets.loader(), HealConfig(epochs=3, lr=0.05), **options)
+    else:
+        example = torch.zeros(2, 3, 6, 6)
+        dense, loader = capture(nets.residual().eval(), example), nets.images()
+        plan = Plan([drop("blocks.1"), linearize("blocks.0.act")]).fit(dense, nets.images(shuffle=False), example)
+        config = HealConfig(epochs=3, lr=0.02, fade=0.4, features=0.5, distill=0.5)
+        model = heal_fading(dense, plan, example, loader, config, teacher=dense, **options)
     found = {"history": history, "weights": digest(model_tensors(model)), "steps": steps}
     (folder / f"outcome-{fabric.global_rank}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
     fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp_fork")
-    fabric.launch(job, Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else None)
+    fabric.launch(job, sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else None)
