@@ -121,8 +121,10 @@ class Method:
     `palmette.depth.prepared.findings`. `select(candidates, scores, config, *, losses, step) -> [names]` says which
     candidates go together in a round (default: the `step` lowest); `losses(names)` is the loss on the calibration set
     with these edited, of the present network for (). `edits(candidate, config) -> [Edit]`: default the candidate's own
-    edit at each site. `heals(config)`: whether a removal is followed by healing (default yes). `keeps_zeros`: weights
-    that are exactly 0 stay 0 in healing. `search(session, baseline, say)`: a search of its own in place of the rounds.
+    edit at each site. `fit(plan, network, config, *, loader) -> Plan`: slopes and offsets of its own; what it leaves
+    open is fitted as ever. `heals(config)`: whether a removal is followed by healing (default yes). `keeps_zeros`:
+    weights that are exactly 0 stay 0 in healing. `search(session, baseline, say)`: a search of its own in place of the
+    rounds.
     """
 
     name: str
@@ -140,6 +142,7 @@ class Method:
     prepare: Callable[..., dict[str, float]] | None = None
     select: Callable[..., list[str]] | None = None
     edits: Callable[..., list[Any]] | None = None
+    fit: Callable[..., Any] | None = None
     heals: Callable[..., bool] | None = None
     keeps_zeros: bool = False
     search: Callable[..., Any] | None = None
@@ -175,7 +178,7 @@ def method(
 ) -> Callable[[F], F]:
     """Register the decorated score function as a method; its wing is the package that its file lies in.
 
-    `hooks`: the optional fields of `Method` (watch, unwatch, prepare, select, edits, heals, keeps_zeros,
+    `hooks`: the optional fields of `Method` (watch, unwatch, prepare, select, edits, fit, heals, keeps_zeros,
     search).
 
     Raises InputError when another file has registered the same name.

@@ -117,7 +117,10 @@ class Chooser:
             return Plan([])
         if self._fits is None:
             edits = {(e.kind, e.site): e for c in self.pool for e in self.session.edits(c)}
-            fitted = Plan(edits.values()).fit(self.network, self.session.calibration, self.session.example)
+            plan, method, data = Plan(edits.values()), self.session.method, self.session.calibration
+            if method.fit is not None:
+                plan = method.fit(plan, self.network, self.session.config, loader=data)
+            fitted = plan.fit(self.network, data, self.session.example)
             self._fits = {(e.kind, e.site): e for e in fitted}
         return Plan([self._fits[e.kind, e.site] for c in taken for e in self.session.edits(c)])
 

@@ -173,11 +173,13 @@ class StateCounter:
 def mean_abs_weight(module: nn.Module) -> float:
     """Mean magnitude of the weights of a layer that are not exactly zero (0.0 when all are)."""
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor):
-        return 1.0
-    surviving = weight.detach().double().abs()
-    surviving = surviving[surviving > 0]
-    return float(surviving.mean()) if surviving.numel() else 0.0
+    return mean_magnitude(weight) if isinstance(weight, Tensor) else 1.0
+
+
+def mean_magnitude(weight: Tensor) -> float:
+    """Mean magnitude of the weights that are not exactly zero (0.0 when all are)."""
+    surviving = int(torch.count_nonzero(weight))
+    return float(weight.detach().double().abs().sum()) / surviving if surviving else 0.0
 
 
 def site_entropies(
