@@ -1,26 +1,45 @@
-"""What is worth ranking: single sites, or groups of activations that pay only together, with what each would save."""
+"""What is worth ranking: every removal of one kind that can be done, with what it would save and where it reaches."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
 from palmette.errors import PlanError
-from palmette.graph.activations import find_activations
-from palmette.graph.affine import merged_map
-from palmette.graph.blocks import Block, find_blocks
-from palmette.graph.capture import make_inputs
-from palmette.graph.ops import is_state
+from palmette.graph.activations import Activation, find_activations
+from palmette.graph.blocks import find_blocks
+from palmette.graph.gains import Gains
+from palmette.graph.linear_fit import fit_reason, linear_macs
 from palmette.graph.paths import Path, Reader
-from palmette.graph.rewrite import describe_map
-from palmette.graph.segments import GAIN, Merged, extract, input_shape, signature
-from palmette.graph.sites import Site, activation_sites, block_sites
+from palmette.graph.sites import (
+    Site,
+    Window,
+    activation_sites,
+    block_macs,
+    convolution_sites,
+    element_macs,
+    run_site,
+    window_of,
+)
+from palmette.graph.spans import Run, closed_reason, inside, runs
+from palmette.graph.widen import wide_reason
 
 if TYPE_CHECKING:
     from palmette.meter.table import CostTable
+
+EDITS = {
+    "activation": ("linearize",),
+    "block": ("drop", "fit_linear"),
+    "span": ("drop", "fit_linear", "parallelize"),
+    "convolution": ("identity",),
+}
+"""What can be done at each kind of site; the first is what is done unless asked otherwise."""
+
+TIMED = 3
+"""A window whose merge takes more than this many times the MACs of its elements is not timed: it cannot pay."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +47,9 @@ class Candidate:
     """One possible removal: the sites that go together, and what that is predicted to save per sample.
 
     `pays`: whether it saves something on the chosen cost (ms with a timing table, else MACs); `reason` says why not.
-    `edit`: what is done at each site ("linearize", "drop", "fit_linear", "parallelize" or "identity"). `reach`: half-open
-    interval of positions, in execution order of the graph given, of the nodes that it changes: candidates whose reaches
-    are disjoint can be done together.
+    `edit`: what is done at each site ("linearize", "drop", "fit_linear", "parallelize" or "identity"). `reach`:
+    half-open interval of positions, in execution order of the graph given, of the nodes that it changes: candidates
+    whose reaches are disjoint can be done together.
     """
 
     name: str
@@ -48,46 +67,161 @@ def candidates(
     example_inputs: Any,  # noqa: ARG001 (callers pass it; the graph knows its own shapes)
     *,
     kind: str = "activation",
+    edit: str = "",
     cost: CostTable | None = None,
     pad: str = "repad",
     protect: Iterable[str] = (),
+    longest: int = 1,
+    windows: bool = False,
 ) -> list[Candidate]:
-    """Everything of one kind ("activation" or "block") that could be removed from a captured graph, in execution order.
+    """Everything of one kind that could be removed from a captured graph, in execution order, each by its own name.
 
-    `protect`: path prefixes that stay. The network's first and last operations with weights are always protected.
+    kind: "activation", "block", "span" (every run of 2 to `longest` consecutive blocks, at least pairs) or
+    "convolution" (or linear, that keeps the shape of its input). edit: one of `EDITS` of that kind, the first by
+    default. windows: instead of the cheapest group for each activation, every group of up to `longest` neighbouring
+    ones whose merge pays. A parallelised span saves depth, not MACs: without a timing table it pays where `collapse`
+    can make it wide. protect: path prefixes that stay; the first and last operations with weights always do.
+    Raises PlanError for an unknown kind, or an edit of another kind.
     """
-    if kind not in ("activation", "block"):
-        raise PlanError(f"Unknown kind of site '{kind}'", fix="Use 'activation' or 'block'.")
-    sites = activation_sites(gm, pad) if kind == "activation" else [s for s in block_sites(gm) if s.kind == "block"]
-    if cost is not None and cost.runtime != "macs":
-        sites = with_measured_gain(gm, sites, cost, pad)
-    by_path = {s.path: s for s in sites}
-    ends = _ends(gm)
-    result: list[Candidate] = []
-    done: set[str] = set()
-    for site in sites:
-        if site.path in done:
-            continue
-        group = tuple(by_path[p] for p in (site.partners if kind == "activation" else (site.path,)))
-        done.update(s.path for s in group)
-        result.append(_candidate(group, tuple(protect), ends))
-    return result
+    if kind not in EDITS:
+        raise PlanError(f"Unknown kind of site '{kind}'", fix=f"Use one of {', '.join(EDITS)}.")
+    if edit and edit not in EDITS[kind]:
+        raise PlanError(f"A site of kind {kind} knows no edit '{edit}'", fix=f"Use one of {', '.join(EDITS[kind])}.")
+    finder = _Finder(gm, edit or EDITS[kind][0], cost, pad, tuple(protect))
+    if kind == "activation":
+        return list(finder.windows(longest) if windows else finder.groups())
+    if kind == "convolution":
+        return list(finder.convolutions())
+    blocks = find_blocks(gm)
+    found: list[Run] = [(b,) for b in blocks] if kind == "block" else runs(gm, max(longest, 2), blocks)
+    return [finder.run(run) for run in found]
 
 
-def _candidate(group: tuple[Site, ...], protect: tuple[str, ...], ends: set[str]) -> Candidate:
-    first = group[0]
-    name = first.path if len(group) == 1 else " + ".join(s.path for s in group)
-    reason = next((s.reason for s in group if not s.removable), "")
-    if not reason and any(is_protected(s.path, protect) for s in group):
-        reason = "protected by the user"
-    touched = {p for s in group for p in (s.producer, *s.consumers)}
-    if not reason and touched & ends:
-        reason = f"protected: '{next(iter(touched & ends))}' is the network's first or last operation with weights"
-    gain = first.ms_saved if first.ms_saved is not None else first.macs_saved
-    if not reason and gain <= 0:
-        unit = "ms" if first.ms_saved is not None else "MACs"
-        reason = f"merging would not save {unit}"
-    return Candidate(name, group, first.macs_saved, first.ms_saved, not reason, reason)
+class _Finder:
+    """Makes the candidates of one graph for one edit."""
+
+    def __init__(
+        self, gm: fx.GraphModule, edit: str, cost: CostTable | None, pad: str, protect: tuple[str, ...]
+    ) -> None:
+        self.gm, self.edit, self.pad, self.protect = gm, edit, pad, protect
+        self.order = {n: i for i, n in enumerate(gm.graph.nodes)}
+        self.reader = Reader(gm, find_activations(gm))
+        self.gains = Gains(self.reader, cost, pad) if cost is not None and cost.runtime != "macs" else None
+        plain = Reader(gm)
+        affine = [str(n.meta["path"]) for n in gm.graph.nodes if plain.is_affine(n)]
+        self.ends = {affine[0], affine[-1]} if affine else set()
+
+    # -- activations ---------------------------------------------------------------------------------------------------
+
+    def groups(self) -> Iterator[Candidate]:
+        """For each activation the cheapest group to reach: alone, or the shortest that saves MACs together."""
+        sites = {s.path: s for s in activation_sites(self.gm, self.pad)}
+        places = self._places()
+        done: set[str] = set()
+        for path, site in sites.items():
+            if path in done:
+                continue
+            group = tuple(sites[p] for p in site.partners)
+            done.update(site.partners)
+            where = self._stretch(group, places)
+            saved = self.gains.merge(where) if self.gains and site.removable and where else None
+            nodes = [n for e in where or () for n in e.nodes] or self._region(path)
+            yield self._candidate(tuple(replace(s, ms_saved=saved) for s in group), site.macs_saved, saved, nodes)
+
+    def windows(self, longest: int) -> Iterator[Candidate]:
+        """Every group of up to `longest` neighbouring activations whose merge pays."""
+        sites = {s.path: s for s in activation_sites(self.gm, self.pad)}
+        names: set[str] = set()
+        for path in self.reader.paths():
+            for i in range(len(path)):
+                for elements in (path[i:j] for j in range(i + 2, min(i + longest + 2, len(path) + 1))):
+                    window = window_of(self.reader, elements, self.pad)
+                    found = None if window is None else self._window(window, sites)
+                    if found is not None and found.name not in names:
+                        names.add(found.name)
+                        yield found
+
+    def _window(self, window: Window, sites: dict[str, Site]) -> Candidate | None:
+        group = tuple(sites[a.path] for a in window.activations)
+        saved = None
+        if self.gains is not None:
+            before = sum(element_macs(self.reader, e) for e in window.elements)
+            if before - window.macs_saved > TIMED * before:
+                return None
+            saved = self.gains.merge(list(window.elements))
+        if (window.macs_saved if saved is None else saved) <= 0:
+            return None
+        group = tuple(replace(s, ms_saved=saved) for s in group)
+        return self._candidate(group, window.macs_saved, saved, [n for e in window.elements for n in e.nodes])
+
+    def _places(self) -> dict[str, tuple[Path, int]]:
+        """For each activation its path of elements and the number of the element before it."""
+        return {
+            link.path: (path, i)
+            for path in self.reader.paths()
+            for i, e in enumerate(path)
+            for link in e.links
+            if isinstance(link, Activation)
+        }
+
+    def _stretch(self, group: tuple[Site, ...], places: dict[str, tuple[Path, int]]) -> Path:
+        """The elements that become one when the group goes, [] where there are none."""
+        if not all(s.path in places for s in group):
+            return []
+        path, first = places[group[0].path]
+        last = places[group[-1].path][1] + 1
+        return path[first : last + 1] if path[first].nodes and last < len(path) else []
+
+    def _region(self, path: str) -> list[fx.Node]:
+        return [n for a in find_activations(self.gm) if a.path == path for n in a.region]
+
+    # -- blocks, spans, convolutions -----------------------------------------------------------------------------------
+
+    def run(self, run: Run) -> Candidate:
+        """A block or a run of blocks, by the finder's edit."""
+        site = run_site(run, {b.path: block_macs(self.gm, b) for b in run})
+        reason = site.reason or self._reason(run)
+        macs, saved = 0 if self.edit == "parallelize" else site.macs_saved, None
+        if self.edit == "fit_linear" and not reason:
+            macs -= linear_macs(self.gm, run[0].source)
+        if self.gains is not None and not reason:
+            saved = {"drop": self.gains.drop, "fit_linear": self.gains.fit, "parallelize": self.gains.parallel}[
+                self.edit
+            ](run)
+        site = replace(site, ms_saved=saved, removable=not reason, reason=reason)
+        nodes = [*(inside(run) if self.edit != "drop" else [n for b in run for n in b.region]), run[-1].output]
+        return self._candidate((site,), macs, saved, nodes)
+
+    def _reason(self, run: Run) -> str:
+        if self.edit == "drop":
+            return closed_reason(run)
+        return fit_reason(self.gm, run) if self.edit == "fit_linear" else wide_reason(self.gm, run)
+
+    def convolutions(self) -> Iterator[Candidate]:
+        """Every convolution and linear that keeps the shape of its input."""
+        nodes = {str(n.meta["path"]): n for n in self.gm.graph.nodes if self.reader.is_affine(n)}
+        for site in convolution_sites(self.gm):
+            node = nodes[site.path]
+            saved = self.gains.identity(node) if self.gains is not None else None
+            yield self._candidate((replace(site, ms_saved=saved),), site.macs_saved, saved, [node])
+
+    # -- all -----------------------------------------------------------------------------------------------------------
+
+    def _candidate(self, group: tuple[Site, ...], macs: int, saved: float | None, nodes: list[fx.Node]) -> Candidate:
+        name = " + ".join(s.path for s in group)
+        reason = next((s.reason for s in group if not s.removable), "")
+        if not reason and any(is_protected(p, self.protect) for s in group for p in (s.path, *s.members)):
+            reason = "protected by the user"
+        touched = {p for s in group for p in (s.producer, *s.consumers)} & self.ends
+        if not reason and touched:
+            reason = f"protected: '{min(map(str, touched))}' is the network's first or last operation with weights"
+        if not reason and not (saved > 0 if saved is not None else macs > 0 or self.edit == "parallelize"):
+            reason = (
+                f"{'merging' if self.edit == 'linearize' else 'it'} would not save {'MACs' if saved is None else 'ms'}"
+            )
+        positions = [self.order[n] for n in nodes]
+        reach = (min(positions), max(positions) + 1) if positions else (0, 0)
+        return Candidate(name, group, macs, saved, not reason, reason, self.edit, reach)
 
 
 def is_protected(path: str, protect: Iterable[str]) -> bool:
@@ -95,60 +229,16 @@ def is_protected(path: str, protect: Iterable[str]) -> bool:
     return any(path == p or path.startswith(f"{p}.") for p in protect)
 
 
-def _ends(gm: fx.GraphModule) -> set[str]:
-    reader = Reader(gm)
-    found = [str(n.meta["path"]) for n in gm.graph.nodes if reader.is_affine(n)]
-    return {found[0], found[-1]} if found else set()
-
-
 def with_measured_gain(gm: fx.GraphModule, sites: list[Site], cost: CostTable, pad: str) -> list[Site]:
     """The sites with `ms_saved` measured at batch 1 (or looked up): the piece as it is against the piece after."""
-    gains: dict[tuple[str, ...], float] = {}
-    reader = Reader(gm, find_activations(gm))
-    runs = {
-        link.path: (path, i)
-        for path in reader.paths()
-        for i, e in enumerate(path)
-        for link in e.links
-        if not isinstance(link, fx.Node)
-    }
-    blocks = {b.path: b for b in find_blocks(gm)}
-    result = []
-    for site in sites:
-        gain: float | None = None
-        if site.removable and site.kind == "activation":
-            if site.partners not in gains:
-                path, i = runs[site.partners[0]]
-                last = runs[site.partners[-1]][1] + 1
-                gains[site.partners] = _merge_gain(reader, path[i : last + 1], cost, pad)
-            gain = gains[site.partners]
-        elif site.removable:
-            gain = sum(_block_gain(gm, blocks[m], cost) for m in (site.members or (site.path,)))
-        result.append(replace(site, ms_saved=gain))
-    return result
+    gains: dict[str, float | None] = {}
+    for kind in dict.fromkeys(s.kind for s in sites if s.kind != "span"):
+        for candidate in candidates(gm, None, kind=kind, cost=cost, pad=pad):
+            gains |= {f"{kind} {s.path}": candidate.ms_saved for s in candidate.sites}
 
+    def gain(site: Site) -> float | None:
+        if not site.removable or site.kind != "span":
+            return gains.get(f"{site.kind} {site.path}") if site.removable else None
+        return sum(gains[f"block {m}"] or 0.0 for m in site.members)
 
-def _merge_gain(reader: Reader, elements: Path, cost: CostTable, pad: str) -> float:
-    """Time of the elements with their activations minus time of the merged operation."""
-    merged = merged_map([reader.affine(e) for e in elements], pad)
-    links: list[Any] = [a for e in elements[:-1] for a in e.links]
-    ops = [a.op for a in links]
-    nodes = [n for e in elements for n in e.nodes] + [n for a in links for n in a.region]
-    before, _ = extract(reader.gm, nodes, elements[-1].nodes[-1])
-    after = Merged(merged, like=next(before.parameters()))
-    key = f"{signature(reader, elements)} with {','.join(ops)} -> {describe_map(merged)}"
-    example = _noise(input_shape(elements[0]), before)
-    ms_before, ms_after = cost.compare(key, before, after.eval(), example)
-    return ms_before - ms_after if ms_after < GAIN * ms_before else min(0.0, ms_before - ms_after)
-
-
-def _block_gain(gm: fx.GraphModule, block: Block, cost: CostTable) -> float:
-    module, inputs = extract(gm, block.region, block.output)
-    lines = [f"{n.target}:{n.meta.get('shape')}" for n in gm.graph.nodes if n in block.region and not is_state(n)]
-    weights = [tuple(p.shape) for p in module.parameters()]
-    return cost.time(f"block {lines} {weights}", module, inputs)
-
-
-def _noise(shape: list[int], module: Any) -> Any:
-    dtype = next(module.parameters()).dtype
-    return make_inputs({"shape": shape, "dtype": str(dtype).removeprefix("torch.")})
+    return [replace(site, ms_saved=gain(site)) for site in sites]

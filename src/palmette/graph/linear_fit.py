@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -224,6 +225,12 @@ def linear_module(matrix: Tensor, dims: int, axis: int, like: Tensor | None = No
     rank = 0 if axis == dims - 1 else dims - 2
     ones, zeros = (1,) * rank, (0,) * rank
     return conv_module(Affine(weight.reshape(*weight.shape, *ones), bias, ones, zeros, zeros, ones), like=like)
+
+
+def linear_macs(gm: fx.GraphModule, source: fx.Node) -> int:
+    """MACs per sample of a linear map from what `source` puts out to the same shape."""
+    shape = source.meta["shape"]
+    return math.prod(shape[1:]) * int(shape[axis_of(gm, source)])
 
 
 # -- in a plan ---------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from palmette.graph.affine import Affine
 from palmette.graph.capture import make_inputs
-from palmette.graph.ops import CONVOLUTIONS, ChannelAffine, is_state, module_of, op_name
+from palmette.graph.ops import CONVOLUTIONS, ChannelAffine, get_tensor, is_state, is_transparent, module_of, op_name
 from palmette.graph.paths import Element, Reader
 
 GAIN = 0.98
@@ -96,6 +97,7 @@ def extract(gm: fx.GraphModule, nodes: Iterable[fx.Node], output: fx.Node) -> tu
                 made[node] = graph.node_copy(node, place)
             else:
                 made[node] = graph.placeholder(f"input_{len(outside)}")
+                made[node].meta.update({key: node.meta[key] for key in ("shape", "dtype") if key in node.meta})
                 outside.append(node)
         return made[node]
 
@@ -124,6 +126,31 @@ def _batch_one(node: fx.Node, batch: int) -> Any:
     if dtype == torch.bool:
         return torch.ones(shape, dtype=dtype)
     return make_inputs({"shape": shape, "dtype": str(dtype).removeprefix("torch.")})
+
+
+def geometry(gm: fx.GraphModule, nodes: Iterable[fx.Node], *, sizes: bool = True) -> str:
+    """A name for the given nodes that depends on operations, wiring and sizes only: the key of stored timings.
+
+    sizes: whether those of what comes from outside count.
+    """
+    inside, names = set(nodes), dict[fx.Node, str]()
+    lines = []
+
+    def named(node: fx.Node) -> str:
+        if node not in names:
+            shape = get_tensor(gm, str(node.target)).shape if is_state(node) else (node.meta.get("shape") or (1,))[1:]
+            kind = "state" if is_state(node) else "input"
+            names[node] = f"{kind}{len(names)}{list(shape) if sizes else ''}"
+        return names[node]
+
+    for node in (n for n in gm.graph.nodes if n in inside):
+        if is_transparent(gm, node):  # whatever its probability, it costs nothing
+            names[node] = named(node.all_input_nodes[0])
+            continue
+        what = module_of(gm, node) or node.target
+        lines.append(f"{what} {fx.node.map_arg((node.args, node.kwargs), named)}")
+        names[node] = f"step{len(names)}"
+    return f"{len(lines)} operations {hashlib.sha256(' ; '.join(lines).encode()).hexdigest()[:16]}"
 
 
 def unmerged(reader: Reader, elements: list[Element]) -> nn.Sequential:

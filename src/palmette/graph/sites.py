@@ -137,7 +137,7 @@ def _activation_site(
 
 @dataclass(frozen=True)
 class Window:
-    """Neighbouring elements that pay when they become one, with the activations between them."""
+    """Neighbouring elements that can become one, with the activations between them and the MACs that this saves."""
 
     elements: tuple[Element, ...]
     activations: tuple[Activation, ...]
@@ -150,22 +150,23 @@ def paying_windows(reader: Reader, paths: list[Path], pad: str) -> dict[Activati
     for path in paths:
         for length in range(2, len(path) + 1):
             for i in range(len(path) - length + 1):
-                window = _window(reader, path[i : i + length], pad)
-                for a in window.activations if window else ():
+                window = window_of(reader, path[i : i + length], pad)
+                for a in window.activations if window and window.macs_saved > 0 else ():
                     old = best.get(a)
                     if window and (old is None or (len(old.elements) == length and old.macs_saved < window.macs_saved)):
                         best[a] = window
     return {a: w for a, w in best.items() if all(best.get(b) is w for b in w.activations)}
 
 
-def _window(reader: Reader, elements: Path, pad: str) -> Window | None:
+def window_of(reader: Reader, elements: Path, pad: str) -> Window | None:
+    """The window of these elements, None where a merge would not be exact or passes something that is no activation."""
     inner = [link for e in elements[:-1] for link in e.links]
     if not all(e.linear_link and e.nodes for e in elements[:-1]) or not all(isinstance(a, Activation) for a in inner):
         return None
     if exactness_of(reader, elements, pad)[1]:
         return None
-    saved = macs_saved(reader, elements, pad)
-    return Window(tuple(elements), tuple(a for a in inner if isinstance(a, Activation)), saved) if saved > 0 else None
+    activations = tuple(a for a in inner if isinstance(a, Activation))
+    return Window(tuple(elements), activations, macs_saved(reader, elements, pad))
 
 
 def macs_saved(reader: Reader, elements: Path, pad: str = "repad") -> int:
