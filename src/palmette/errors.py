@@ -9,10 +9,10 @@ class PalmetteError(Exception):
     """An error that a user can act on.
 
     Parts are joined into one message: `what` (the fault), `where` (module, file or option), `why`, and `fix` (what to
-    do). `elsewhere`: it was raised in another process of the run first.
+    do). `told`: it came from another process of the run, or went to all of them.
     """
 
-    elsewhere = False
+    told = False
 
     def __init__(self, what: str, *, where: str | None = None, why: str | None = None, fix: str | None = None) -> None:
         self.what, self.where, self.why, self.fix = what, where, why, fix

@@ -150,6 +150,8 @@ def joint() -> Iterator[None]:
         failure = error
     words = gathered(None if failure is None else in_words(failure))
     if failure is not None:
+        if isinstance(failure, PalmetteError):
+            failure.told = True
         raise failure
     for number, other in enumerate(words):
         if other is not None:
@@ -159,7 +161,7 @@ def joint() -> Iterator[None]:
 def _theirs(words: dict[str, Any]) -> PalmetteError:
     """The error of another process."""
     error = error_from(words)
-    error.elsewhere = True
+    error.told = True
     return error
 
 
@@ -223,7 +225,7 @@ def reached() -> Iterator[None]:
         gone = RunError(
             "Another process of this run has ended", why=words, fix="What it printed says why; --resume goes on."
         )
-        gone.elsewhere = True
+        gone.told = True
         raise gone from error
 
 

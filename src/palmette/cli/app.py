@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except PalmetteError as error:
         if debug:
             raise
-        if first or not error.elsewhere:
+        if first or not error.told:
             typer.echo(f"palmette{'' if first else ', another process'}: {' '.join(str(error).split())}", err=True)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
