@@ -107,7 +107,7 @@ def made_by(path: Path, figures: dict[str, Any]) -> str:
 def accounting(figures: dict[str, Any]) -> str:
     """What stands side by side whenever a reduction is reported: one column per network."""
     rows = figures["rows"]
-    lines = [(label, [f"{row[key]:,}" for row in rows]) for label, key in COUNTS]
+    lines = [(label, [f"{row.get(key, 0):,}" for row in rows]) for label, key in COUNTS]
     lines.append(("peak memory", [kibibytes(row["peak_bytes"]) for row in rows]))
     lines += [(f"{name}, ms", [latency_cell(row, name) for row in rows]) for name in latency_names(rows)]
     lines.append((f"top-1, %, n = {rows[0]['n']:,}", [accuracy_cell(row) for row in rows]))
@@ -119,6 +119,7 @@ def accounting(figures: dict[str, Any]) -> str:
 COUNTS = (
     ("activations linearised", "linearized"),
     ("blocks dropped", "dropped"),
+    ("sites replaced", "replaced"),
     ("depth", "depth"),
     ("MACs", "macs"),
     ("parameters", "params"),

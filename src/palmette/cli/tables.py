@@ -37,6 +37,7 @@ def _lines(first: dict[str, Any]) -> list[tuple[str, Callable[[dict[str, Any]], 
     lines: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
         ("linearised", lambda row: str(row["linearized"])),
         ("dropped", lambda row: str(row["dropped"])),
+        ("replaced", lambda row: str(row["replaced"])),
         ("depth", lambda row: str(row["depth"])),
         ("MACs", lambda row: count(row["macs"])),
         ("parameters", lambda row: count(row["params"])),

@@ -139,9 +139,11 @@ def _message(session: Session, found: Search, rows: list[dict[str, Any]]) -> str
     bound = session.settings.max_drop
     within = f"within {bound:g} point{'' if bound == 1 else 's'}"
     verdict = within if -low <= bound else f"{within} is not resolved"
-    removed = shrunk["linearized"] + shrunk["dropped"]
+    removed = shrunk["linearized"] + shrunk["dropped"] + shrunk["replaced"]
+    rounds = f"{found.winner + 1} round{'s' if found.winner else ''}"
+    how = f"by one training of {len(found.rounds)}" if found.random else f"in {rounds}"
     return (
-        f"{removed} site{'s' if removed > 1 else ''} removed in {found.winner + 1} round{'s' if found.winner else ''}; "
+        f"{removed} site{'s' if removed > 1 else ''} removed {how}; "
         f"accuracy {difference:+.2f} points [{low:+.2f}, {high:+.2f}] on {shrunk['n']} samples: {verdict}. "
-        f"The rounds ended because {found.ended}."
+        f"The {'search' if found.random else 'rounds'} ended because {found.ended}."
     )

@@ -54,7 +54,7 @@ class Probes:
 
     def line(self, entry: Round) -> str:
         """A probe in words."""
-        return line(entry, self.session, what=f"{entry.removed} removals")
+        return line(entry, self.session, what=f"{entry.removed} removal{'s' if entry.removed > 1 else ''}")
 
     def _edited(self, number: int) -> tuple[PlanBranch, Choice]:
         index = int(self.session.run.once(f"probe-{number:03d}", _unknown))

@@ -75,11 +75,12 @@ class Row:
     n: int = 0
     interval: list[float] | None = None
     difference: list[float] | None = None
+    replaced: int = 0
 
     @property
     def removed(self) -> int:
-        """Sites changed or dropped."""
-        return self.linearized + self.dropped
+        """Sites changed, dropped or replaced."""
+        return self.linearized + self.dropped + self.replaced
 
     def clock(self, runtime: str | None) -> Clock | None:
         """The latency in `runtime`."""

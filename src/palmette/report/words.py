@@ -8,7 +8,15 @@ from dataclasses import dataclass
 
 from palmette.report.figures import Clock, Figures, Row
 
-RUNTIMES = {"eager": "PyTorch eager", "onnxruntime": "ONNX Runtime", "macs": "multiply-add count"}
+RUNTIMES = {
+    "eager": "PyTorch eager",
+    "compile": "torch.compile",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+    "openvino-bf16": "OpenVINO in bfloat16",
+    "executorch": "ExecuTorch (XNNPACK)",
+    "macs": "multiply-add count",
+}
 MINUS, NARROW, FIXED, TIMES = "\u2212", "\u202f", "\u00a0", "\u00d7"
 DASH = "\u2013"
 ADDS = "multiply\u2011adds"
@@ -177,7 +185,9 @@ def lead(figures: Figures) -> list[str]:
     if shrunk.removed == 0:
         return [figures.message] if figures.message else []
     parts = [plural(n, word) for n, word in ((shrunk.linearized, "activation"), (shrunk.dropped, "block")) if n]
-    said = [f"The method {_quoted(figures.method)} removed {' and '.join(parts)} from {figures.model}."]
+    did = [f"removed {' and '.join(parts)} from"] if parts else []
+    did += [f"put something simpler in {plural(shrunk.replaced, 'place')} of"] if shrunk.replaced else []
+    said = [f"The method {_quoted(figures.method)} {' and '.join(did)} {figures.model}."]
     if shrunk.accuracy is not None and dense.accuracy is not None:
         said.append(
             f"Accuracy on {shrunk.n:,} {_split(figures.split)} samples: {percent(dense.accuracy)} before, "
