@@ -159,14 +159,28 @@ class StateCounter:
         shape = tuple(counts.shape)
         self._tables[shape] = self._tables[shape] + counts if shape in self._tables else counts
 
+    def totals(self) -> dict[str, Tensor]:
+        """What was added up so far, to be summed over processes."""
+        if self.rule.aggregation == "global":
+            return {"x".join(map(str, shape)): table for shape, table in self._tables.items()}
+        return {
+            "bits": torch.tensor(self._sum, dtype=torch.float64),
+            "batches": torch.tensor(self._batches, dtype=torch.int64),
+        }
+
+    def take(self, totals: Mapping[str, Tensor]) -> None:
+        """Go on with the sums of all processes."""
+        if self.rule.aggregation == "global":
+            self._tables = {tuple(table.shape): table for table in totals.values()}
+        else:
+            self._sum, self._batches = float(totals["bits"]), int(totals["batches"])
+
     def entropy(self) -> float:
         """Entropy of the layer in bits over everything added so far; raises DataError when nothing was."""
-        if self.rule.aggregation == "batch":
-            if self._batches == 0:
-                raise DataError("no batch reached an activation", fix="Give a calibration loader that is not empty")
-            return self._sum / self._batches
-        if not self._tables:
+        if not self._batches and not self._tables:
             raise DataError("no batch reached an activation", fix="Give a calibration loader that is not empty")
+        if self.rule.aggregation == "batch":
+            return self._sum / self._batches
         return layer_entropy(self._tables.values(), self.rule)
 
 
@@ -196,5 +210,6 @@ def site_entropies(
     def adder(counter: StateCounter) -> Callable[[Tensor, Tensor], None]:
         return lambda z, _: counter.add(z, tap.for_tokens(z, counter.channel_axis))
 
-    observe(captured, {path: adder(counter) for path, counter in counters.items()}, tap)
+    watchers = {path: adder(counter) for path, counter in counters.items()}
+    observe(captured, watchers, tap, sums=list(counters.values()))
     return {path: counter.entropy() for path, counter in counters.items()}

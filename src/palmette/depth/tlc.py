@@ -30,7 +30,7 @@ from torch import Tensor, fx
 from palmette.errors import DataError, PlanError, RefusedEdit
 from palmette.graph import Candidate, Edit, Plan, linearize, observe
 from palmette.graph.activations import Activation, find_activations
-from palmette.graph.observe import instrument
+from palmette.graph.observe import twin_of
 from palmette.graph.ops import BATCH_NORMS, ChannelAffine, module_of, op_name, skip_transparent
 from palmette.graph.padding import MaskTap
 from palmette.graph.sites import site_axis
@@ -85,6 +85,15 @@ class InputMoments:
         self.sums = sums if self.sums is None else self.sums + sums
         self.count += rows.shape[0]
 
+    def totals(self) -> dict[str, Tensor]:
+        """What was added up so far, to be summed over processes."""
+        return {} if self.sums is None else {"sums": self.sums, "count": torch.tensor(self.count)}
+
+    def take(self, totals: Mapping[str, Tensor]) -> None:
+        """Go on with the sums of all processes."""
+        if totals:
+            self.sums, self.count = totals["sums"], int(totals["count"])
+
     def gaussian(self) -> Gaussian:
         """What was seen as a model; raises DataError before the first batch, or when that was not finite."""
         if self.sums is None or self.count == 0:
@@ -112,7 +121,8 @@ def gaussians(network: fx.GraphModule, paths: Iterable[str], loader: Iterable[An
     measured = {p: InputMoments(site_axis(network, activations[p])) for p, model in models.items() if model is None}
     if measured:
         tap = MaskTap(loader)
-        observe(network, {path: _adder(moments, tap) for path, moments in measured.items()}, tap)
+        watchers = {path: _adder(moments, tap) for path, moments in measured.items()}
+        observe(network, watchers, tap, sums=list(measured.values()))
     return {path: model if model is not None else measured[path].gaussian() for path, model in models.items()}
 
 
@@ -168,7 +178,7 @@ def masked(network: fx.GraphModule, plan: Iterable[Edit]) -> fx.GraphModule:
 
     Unlike `Plan.apply` it copies no weights and moves no padding.
     """
-    twin = instrument(network, {})
+    twin = twin_of(network)
     activations = {found.path: found for found in find_activations(twin)}
     like = next(network.parameters())
     for index, edit in enumerate(plan):
