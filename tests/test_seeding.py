@@ -7,6 +7,7 @@ import random
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
 
 from palmette.seeding import derive_seed, generators, global_state, preserved, restore_globals, seed_loader, seeded
 
@@ -97,3 +98,16 @@ def test_samplers_hear_of_the_epoch():
     loader = DataLoader(TensorDataset(torch.zeros(2)), sampler=Sampler())
     seed_loader(loader, 0, epoch=6)
     assert loader.sampler.epoch == 6
+
+
+def test_samples_dealt_out_to_processes_come_in_an_order_of_the_seed():
+    data = TensorDataset(torch.arange(12))
+
+    def order(rank: int, seed: int) -> list[int]:
+        sampler = DistributedSampler(data, num_replicas=2, rank=rank)
+        loader = DataLoader(data, batch_size=3, sampler=sampler)
+        seed_loader(loader, seed, epoch=1)
+        return [value for (batch,) in loader for value in batch.tolist()]
+
+    assert order(0, 7) == order(0, 7) != order(0, 8)
+    assert sorted(order(0, 7) + order(1, 7)) == list(range(12))
