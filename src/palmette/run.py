@@ -25,6 +25,9 @@ _PACKAGES = (
     "lightning-fabric",
     "onnx",
     "onnxruntime",
+    "openvino",
+    "executorch",
+    "torchao",
     "torchvision",
     "timm",
 )

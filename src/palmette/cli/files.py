@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -31,7 +31,7 @@ def collapse(
     data: opt.OptionalData = None,
     image_size: opt.ImageSize = None,
     classes: opt.Classes = None,
-    cost: Annotated[str, typer.Option(help="What a merge must not raise: eager, onnxruntime or macs.")] = "macs",
+    cost: Annotated[str, typer.Option(help=f"What a merge must not raise: {opt.RUNTIME_NAMES}, macs.")] = "macs",
     force: Annotated[bool, typer.Option("--force", help="Merge also where it costs more.")] = False,
     pad: Annotated[str, typer.Option(help="Borders of merged convolutions: repad, exact or bias_map.")] = "repad",
     trust: opt.Trust = False,
@@ -70,14 +70,18 @@ def collapse(
 
 def export(
     model: opt.ModelSpec,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help=".onnx or .pt2 file to write.")] = Path(
-        "model.onnx"
-    ),
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", metavar="FILE", help=".onnx, .pt2, .xml (OpenVINO) or .pte (ExecuTorch) file."),
+    ] = Path("model.onnx"),
     weights: opt.Weights = None,
     saved: SavedFile = None,
     data: opt.OptionalData = None,
     image_size: opt.ImageSize = None,
     classes: opt.Classes = None,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="In 8 bits, calibrated on the data's calibration split: .onnx or .pte.")
+    ] = False,
     trust: opt.Trust = False,
 ) -> None:
     """Write a network for a runtime and check that the runtime agrees.
@@ -94,7 +98,25 @@ def export(
         opt.warn_of_random_weights(model, weights)
     else:
         network = load(network, saved)
-    tables.say(f"{out}: {export_network(network.eval(), example, out)}")
+    if int8:
+        tables.say(str(_quantized(network.eval(), example, data, out)))
+    else:
+        tables.say(f"{out}: {export_network(network.eval(), example, out)}")
+
+
+def _quantized(network: Any, example: Any, data: str | None, out: Path) -> Any:
+    """The network in 8 bits, in the format that the suffix names."""
+    from palmette.deploy import quantize_int8
+    from palmette.errors import InputError
+    from palmette.resolve import resolve_data
+
+    backend = {".onnx": "onnxruntime", ".pte": "executorch"}.get(out.suffix.lower())
+    if backend is None:
+        raise InputError(f"no 8-bit export is known for the suffix '{out.suffix}'", fix="Use .onnx or .pte")
+    if data is None:
+        raise InputError("8 bits need real inputs, to learn the ranges of activations", fix="Add --data SPEC")
+    source = resolve_data(data, model_input=example)
+    return quantize_int8(network, example, source.calibration, out, backend=backend)
 
 
 def report(run: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.", show_default=False)]) -> None:

@@ -54,7 +54,7 @@ def measure(
     data: opt.OptionalData = None,
     image_size: opt.ImageSize = None,
     classes: opt.Classes = None,
-    runtime: Annotated[list[str] | None, typer.Option(help="eager or onnxruntime; may be repeated.")] = None,
+    runtime: Annotated[list[str] | None, typer.Option(help=f"{opt.RUNTIME_NAMES}; may be repeated.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Batch size for memory and latency.")] = 1,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; default: torch's.")] = None,
     profile: Annotated[str, typer.Option(help="Device profile whose limits to compare with.")] = "cpu",

@@ -65,13 +65,14 @@ Ray = Annotated[
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")]
 
+RUNTIME_NAMES = "eager, compile, onnxruntime, openvino, openvino-bf16, executorch"
+"""Of `palmette.meter.RUNTIMES`, written out because that would import torch for a help page."""
 CostName = Annotated[
     str | None,
     typer.Option(
         "--cost",
         metavar="RUNTIME",
-        help="The clock that decides: onnxruntime, eager, compile, openvino, executorch, macs, or a cost_table.json. "
-        "Default: onnxruntime if installed.",
+        help=f"The clock that decides: {RUNTIME_NAMES}, macs, or a cost_table.json. Default: onnxruntime if installed.",
     ),
 ]
 MethodOption = Annotated[

@@ -1,4 +1,6 @@
-"""Files that runtimes load: ONNX and exported programs, each held against the network that it came from."""
+"""Files that runtimes load, each held against the network that it came from: ONNX, exported programs, OpenVINO IR,
+ExecuTorch programs, and int8 versions of them.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +10,48 @@ from typing import Any
 
 from torch import nn
 
+from palmette.deploy.executorch import export_executorch
 from palmette.deploy.onnx import export_onnx
+from palmette.deploy.openvino import export_openvino
 from palmette.deploy.parity import Parity
 from palmette.deploy.program import export_program, load_program
+from palmette.deploy.quantize import Quantized, quantize_int8
+from palmette.deploy.runtime import runtime_parity
 from palmette.deploy.session import OrtSession
 from palmette.errors import ExportError
 from palmette.graph.inputs import Example
 
-__all__ = ["OrtSession", "Parity", "export", "export_onnx", "export_program", "load_program"]
+__all__ = [
+    "OrtSession",
+    "Parity",
+    "Quantized",
+    "export",
+    "export_executorch",
+    "export_onnx",
+    "export_openvino",
+    "export_program",
+    "load_program",
+    "quantize_int8",
+    "runtime_parity",
+]
 
-_BY_SUFFIX = {".onnx": export_onnx, ".pt2": export_program}
+_BY_SUFFIX = {
+    ".onnx": export_onnx,
+    ".pt2": export_program,
+    ".xml": export_openvino,
+    ".pte": export_executorch,
+}
 
 
 def export(
     model: nn.Module, example_inputs: Example, path: str | Path, *, batches: Iterable[Any] | None = None
 ) -> Parity:
-    """Write `model` to `path` in the format that its suffix names (`.onnx` or `.pt2`) and return the measured parity.
+    """Write `model` to `path` and return the measured parity.
 
+    The suffix names the format: .onnx, .pt2 (exported program), .xml (OpenVINO IR) or .pte (ExecuTorch with XNNPACK).
     `batches`: real inputs, each shaped like `example_inputs` (or `(inputs, target)` pairs), for the parity check.
     Raises ExportError for another suffix, a model that cannot be exported, or a parity that fails; no file is left.
+    Raises MissingDependency without the format's packages.
     """
     suffix = Path(path).suffix.lower()
     if suffix not in _BY_SUFFIX:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import io
-import logging
-import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +15,10 @@ from palmette.deploy.session import OrtSession, require
 from palmette.errors import ExportError
 from palmette.files import atomic_path
 from palmette.graph.inputs import Example, as_call
+from palmette.meter.running import quiet
 
 _TWO_GIB = 2 * 1024**3
 _MARGIN = 64 * 1024**2
-_NOISY = ("torch.onnx", "onnxscript", "torch._dynamo", "torch.export", "onnx_ir")
 
 
 def export_onnx(
@@ -108,19 +104,3 @@ def strip_traces(model: Any) -> None:
             node.metadata_props.clear()
             for value in node.outputs:
                 value.metadata_props.clear()
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No warnings, log lines or prints from the exporters."""
-    loggers = [logging.getLogger(name) for name in _NOISY]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from palmette.errors import DataError, ExportError
-from palmette.graph.inputs import Example, batch_size, map_tensors, split_batch, tensors, with_batch
+from palmette.graph.inputs import Example, batch_size, map_tensors, one_sample, split_batch, tensors, with_batch
 
 BATCHES = (1, 2, 5)
 """Batch sizes at which a file is run."""
@@ -25,9 +25,22 @@ MIN_SNR_DB = 40.0
 MIN_SPREAD = 1e-3
 MIN_MAGNITUDE = 1e-6
 _REAL_BATCHES = 4
+_SINGLES = 8
 
 Runner = Callable[[Any], list[Tensor]]
 """Inputs to every tensor of the output, in order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """What a file may differ by: the largest relative error (None: not asked), and the least signal-to-noise ratio.
+
+    advice: what to do where it differs by more.
+    """
+
+    max_relative_error: float | None = MAX_RELATIVE_ERROR
+    min_snr_db: float = MIN_SNR_DB
+    advice: str = "Look for operations whose result depends on the batch, the precision or chance."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +123,16 @@ def trials(example_inputs: Example, batches: Iterable[Any] | None) -> Iterator[A
             yield random_like(with_batch(largest, size), seed=1000 * size + seed)
 
 
+def singles(example_inputs: Example, batches: Iterable[Any] | None) -> Iterator[Any]:
+    """Inputs of one sample each, for files that take no other batch: up to eight of the example, of each of up to four
+    real batches, and random ones.
+    """
+    real = [example_inputs, *(inputs_of(b, example_inputs) for b in islice(batches or (), _REAL_BATCHES))]
+    real = [map_tensors(lambda t: t.detach().cpu(), inputs) for inputs in real]
+    for inputs in (*real, random_like(with_batch(max(real, key=batch_size), _SINGLES), seed=0)):
+        yield from (one_sample(inputs, index) for index in range(min(batch_size(inputs), _SINGLES)))
+
+
 def measure_parity(
     reference: Runner,
     candidate: Runner,
@@ -118,22 +141,26 @@ def measure_parity(
     *,
     main: int,
     runtime: str,
+    cases: Iterable[Any] | None = None,
+    sizes: tuple[int, ...] = BATCHES,
+    bounds: Bounds | None = None,
 ) -> Parity:
     """Run both on the same inputs and compare. `main`: index of the decisive output (the logits).
 
-    Raises ExportError when the comparison is not informative or when the file differs from the network.
+    cases: the inputs, in place of `trials(example_inputs, batches)`; sizes: the batch sizes among them, for the record.
+    Raises ExportError when the comparison is not informative or when the file differs by more than `bounds`.
     """
     worst, ours, theirs = 0.0, [], []
-    for inputs in trials(example_inputs, batches):
+    for inputs in trials(example_inputs, batches) if cases is None else cases:
         want, got = reference(inputs), candidate(inputs)
         worst = max(worst, _worst_error(want, got, runtime))
         ours.append(want[main].double().flatten(1) if want[main].dim() > 1 else want[main].double().reshape(-1, 1))
         theirs.append(got[main].double().reshape(ours[-1].shape))
     columns = _class_count(want[main])
-    parity = _summary(torch.cat(ours), torch.cat(theirs), worst, runtime)
+    parity = replace(_summary(torch.cat(ours), torch.cat(theirs), worst, runtime), batches=sizes)
     if columns > 1:
         parity = _with_top1(parity, torch.cat(ours), torch.cat(theirs), want[main])
-    _gate(parity)
+    _gate(parity, bounds or Bounds())
     return parity
 
 
@@ -186,16 +213,18 @@ def _with_top1(parity: Parity, ours: Tensor, theirs: Tensor, like: Tensor) -> Pa
     """`parity` with the share of equal decisions; `like` gives the shape of the output behind the flattened rows."""
     shape, axis = (-1, *like.shape[1:]), _class_axis(like)
     same = ours.reshape(shape).argmax(axis) == theirs.reshape(shape).argmax(axis)
-    return Parity(**{**asdict(parity), "top1_agreement": same.double().mean().item()})
+    return replace(parity, top1_agreement=same.double().mean().item())
 
 
-def _gate(parity: Parity) -> None:
-    """Refuse a file whose error is above the bounds of this module."""
-    if parity.relative_error <= MAX_RELATIVE_ERROR and parity.snr_db >= MIN_SNR_DB:
+def _gate(parity: Parity, bounds: Bounds) -> None:
+    """Refuse a file whose error is out of bounds."""
+    largest = bounds.max_relative_error
+    if (largest is None or parity.relative_error <= largest) and parity.snr_db >= bounds.min_snr_db:
         return
+    error = "" if largest is None else f"a relative error of at most {largest:g} and "
     raise ExportError(
         "The exported file does not compute what the network computes",
         where=str(parity),
-        why=f"the bounds are a relative error of {MAX_RELATIVE_ERROR:g} and {MIN_SNR_DB:g} dB",
-        fix="Nothing was written. Look for operations whose result depends on the batch, the precision or chance.",
+        why=f"{error}{bounds.min_snr_db:g} dB or more are asked for",
+        fix=f"Nothing was written. {bounds.advice}",
     )

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from palmette.deploy.archive import code_in
-from palmette.deploy.onnx import quiet
 from palmette.deploy.parity import Parity, measure_parity
 from palmette.deploy.plain import Prepared, one_line
 from palmette.errors import ExportError
 from palmette.files import atomic_path
 from palmette.graph.inputs import Example, as_call, call, tensors
+from palmette.meter.running import quiet
 
 _AUTO = torch.export.Dim.AUTO
 _KEPT_NOTES = ("val", "nn_module_stack", "torch_fn", "tensor_meta")
@@ -54,7 +54,12 @@ def export_program(
             raise ExportError("The model needs more than ATen operators", why=reason, fix="Export to .onnx instead.")
         loaded = torch.export.load(temporary).module()
         return measure_parity(
-            prepared.reference, _runner(loaded), example_inputs, batches, main=prepared.main, runtime="torch.export"
+            prepared.reference,
+            _runner(loaded),
+            example_inputs,
+            batches,
+            main=prepared.main,
+            runtime="torch.export",
         )
 
 

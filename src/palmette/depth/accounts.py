@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +14,12 @@ from palmette.depth import random_removal
 from palmette.depth.branch import Branch, count_edits, dense_again
 from palmette.depth.rounds import Search
 from palmette.depth.session import Session
+from palmette.errors import MissingDependency
 from palmette.graph import Candidate, Plan, collapse
 from palmette.meter import measure
 from palmette.meter.latency import measure_latency
+from palmette.meter.running import Packed
+from palmette.meter.runtimes import check_runtime
 from palmette.stats import paired_difference
 
 
@@ -90,7 +94,7 @@ def static(session: Session, network: nn.Module) -> dict[str, int]:
 def _latencies(session: Session, rows: list[Contender]) -> dict[str, list[dict[str, Any]]]:
     networks = {row.name: row.network for row in rows}
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in networks}
-    for runtime in runtimes():
+    for runtime in runtimes(session.table.runtime, list(networks.values())):
         for name, latency in measure_latency(
             networks, session.example, runtime=runtime, threads=session.settings.threads
         ).items():
@@ -113,9 +117,17 @@ def side_by_side(rows: list[dict[str, Any]], split: str) -> str:
     )
 
 
-def runtimes() -> tuple[str, ...]:
-    """The runtimes that can be timed here: eager, and ONNX Runtime where it is installed."""
-    return ("eager", "onnxruntime") if has_onnx() else ("eager",)
+def runtimes(cost: str, networks: list[nn.Module]) -> list[str]:
+    """The runtimes that can be timed here: eager, ONNX Runtime where it is installed, and the one that decided.
+
+    The last is left out when it is not installed here, or when one of the networks is in a format that it cannot read.
+    """
+    found = ["eager", "onnxruntime"] if has_onnx() else ["eager"]
+    readable = all(cost in network.runtimes for network in networks if isinstance(network, Packed))
+    if cost != "macs" and cost not in found and readable:
+        with suppress(MissingDependency):
+            found.append(check_runtime(cost))
+    return found
 
 
 def has_onnx() -> bool:

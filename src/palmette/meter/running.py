@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -100,9 +101,10 @@ def flat_outputs(output: Any) -> list[Tensor]:
 
 
 def reason(error: BaseException) -> str:
-    """The first line of an error, at most 200 characters."""
+    """The line of an error that tells most, at most 200 characters: a finding of OpenVINO (--), else the first."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:200]
+    findings = [line.removeprefix("-- ") for line in lines if line.startswith("-- ")]
+    return (findings or lines or [type(error).__name__])[0][:200]
 
 
 def first_that_works(what: str, *attempts: Callable[[], Any]) -> Any:
@@ -133,16 +135,22 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def silent() -> Iterator[None]:
-    """Like `quiet`, and what compiled libraries write to the process's standard error is dropped too."""
+def silent() -> Iterator[Callable[[], list[str]]]:
+    """Like `quiet`, and what compiled libraries write to the process's standard error is kept off it too.
+
+    Gives a function that returns the lines held back so far.
+    """
     sys.stderr.flush()
     kept = os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        with quiet():
-            yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
+    with tempfile.TemporaryFile() as held:
+
+        def said() -> list[str]:
+            return os.pread(held.fileno(), 100_000, 0).decode(errors="replace").splitlines()
+
+        try:
+            os.dup2(held.fileno(), 2)
+            with quiet():
+                yield said
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)

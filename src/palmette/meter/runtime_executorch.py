@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from palmette.compat import optional
 from palmette.errors import ExportError, InputError
-from palmette.graph.inputs import batch_size, map_tensors, tensors
+from palmette.graph.inputs import batch_size, one_sample, tensors
 from palmette.meter.compute import evaluating
 from palmette.meter.running import Flat, Loaded, Packed, Runner, Runtime, quiet, reason, silent
 
@@ -38,7 +38,7 @@ class PteModel(Packed):
 
 
 @functools.cache
-def _parts() -> dict[str, Any]:
+def executorch_parts() -> dict[str, Any]:
     """What is used of ExecuTorch, imported in silence. Raises MissingDependency."""
     with silent():
         exir = optional("executorch.exir", package=_EXTRA)
@@ -51,7 +51,7 @@ def _parts() -> dict[str, Any]:
 
 def use_threads(count: int) -> None:
     """Make ExecuTorch's pool, one for the whole process, `count` threads wide. It must be idle."""
-    bindings = _parts()["bindings"]
+    bindings = executorch_parts()["bindings"]
     if bindings._threadpool_get_thread_count() != count:
         with silent():
             bindings._unsafe_reset_threadpool(count)
@@ -62,7 +62,7 @@ def to_executorch(model: nn.Module, inputs: Any) -> bytes:
 
     Its inputs are the tensors of `inputs` in order. Raises ExportError when the model does not lower.
     """
-    parts = _parts()
+    parts = executorch_parts()
     try:
         with quiet(), evaluating(model):
             return lowered(parts, torch.export.export(Flat(model, inputs).eval(), tuple(tensors(inputs))))
@@ -85,12 +85,12 @@ class Program:
     """A loaded .pte (bytes, or a path). Raises ExportError when ExecuTorch does not load it."""
 
     def __init__(self, content: bytes | Path) -> None:
-        try:
-            with silent():
-                self._program = _parts()["runtime"].load_program(content)  # must outlive its method
+        with silent() as said:
+            try:
+                self._program = executorch_parts()["runtime"].load_program(content)  # must outlive its method
                 self._method = self._program.load_method("forward")
-        except (RuntimeError, ValueError) as error:
-            raise ExportError("ExecuTorch does not load the program", why=reason(error)) from error
+            except RuntimeError as error:
+                raise ExportError("ExecuTorch does not load the program", why=_why(said(), error)) from error
         meta = self._method.metadata
         self.shapes = [tuple(meta.input_tensor_meta(i).sizes()) for i in range(meta.num_inputs())]
 
@@ -111,14 +111,14 @@ class Program:
         size = batch_size(inputs)
         if size == self.shapes[0][0] or self.shapes[0][0] != 1:
             return self.outputs(inputs)
-        rows = [self.outputs(sample(inputs, index)) for index in range(size)]
+        rows = [self.outputs(one_sample(inputs, index)) for index in range(size)]
         return [torch.cat(column) for column in zip(*rows, strict=True)]
 
 
-def sample(inputs: Any, index: int) -> Any:
-    """One sample of the inputs, as a batch of 1."""
-    size = batch_size(inputs)
-    return map_tensors(lambda t: t[index : index + 1] if t.dim() and t.shape[0] == size else t, inputs)
+def _why(said: list[str], error: Exception) -> str:
+    """The runtime's own words, which say more than the number of its error."""
+    lines = [line.partition("] ")[2] for line in said if line.startswith("[")]
+    return next((line for line in lines if line.startswith("Missing operator")), lines[-1] if lines else reason(error))
 
 
 def _load(models: list[nn.Module], inputs: Any, threads: int, fast: bool) -> list[Loaded]:

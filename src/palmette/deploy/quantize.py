@@ -1,0 +1,205 @@
+"""8-bit networks after training: weights and activations are quantised by a library, ranges come from real batches.
+
+ONNX Runtime: static QDQ, int8 weights per channel, uint8 activations per tensor. ExecuTorch: torchao's pt2e flow with
+the quantizer of XNNPACK, int8 both, weights per channel. Parity is statistical: single values move by a step.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from palmette.compat import optional
+from palmette.deploy.onnx import export_onnx
+from palmette.deploy.parity import Bounds, Parity, inputs_of, measure_parity
+from palmette.deploy.plain import Prepared
+from palmette.errors import DataError, ExportError, InputError
+from palmette.files import atomic_path
+from palmette.graph.inputs import Example, batch_size, map_tensors, one_sample, tensors, with_batch
+from palmette.meter.running import Flat, Packed, quiet, reason
+from palmette.meter.runtime_executorch import PteModel, executorch_parts, lowered, use_threads
+from palmette.meter.runtime_onnx import OnnxModel, feeds_by_order, onnx_session
+
+_METHODS = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
+_ADVICE = (
+    "Calibrate on more batches, try calibration='percentile', or accept less with min_snr_db; "
+    "networks of depthwise convolutions may need training with quantisation."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantized:
+    """What `quantize_int8` made.
+
+    model: to be called, evaluated and timed like any module. file: where it lies, of `size` bytes. parity: against the
+    network in floating point, on the calibration samples or those given. samples: how many set the ranges.
+    """
+
+    model: Packed
+    file: Path
+    size: int
+    parity: Parity
+    backend: str
+    calibration: str
+    samples: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, without the model."""
+        kept = {key: value for key, value in vars(self).items() if key != "model"}
+        return {**kept, "file": self.file.name, "parity": self.parity.to_dict()}
+
+    def __str__(self) -> str:
+        return f"{self.file.name}: {self.size:,} bytes, {self.samples} calibration samples; {self.parity}"
+
+
+def quantize_int8(
+    model: nn.Module,
+    example_inputs: Example,
+    calibration_loader: Iterable[Any],
+    file: str | Path,
+    *,
+    backend: str = "onnxruntime",
+    calibration: str = "minmax",
+    samples: int = 256,
+    batches: Iterable[Any] | None = None,
+    min_snr_db: float = 10.0,
+) -> Quantized:
+    """Write an int8 version of `model` to `file` and return it with its parity.
+
+    calibration_loader: batches of real inputs, or (inputs, target) pairs; up to `samples` of them set the ranges of
+    activations, and measure the parity unless `batches` gives others. backend: "onnxruntime" (a file with a dynamic
+    batch) or "executorch" (a .pte for one sample at a time). calibration: "minmax", "entropy" or "percentile", for ONNX
+    Runtime. min_snr_db: least ratio of the output's variance to the mean squared error of quantisation.
+
+    Raises ExportError (nothing is written then) when the network cannot be exported or loses more, InputError for an
+    unknown option, DataError without calibration data, MissingDependency without the packages of the backend.
+    """
+    if backend not in _BACKENDS:
+        raise InputError(f"No backend is called {backend!r}", fix=f"Known: {', '.join(_BACKENDS)}.")
+    if calibration not in _METHODS or samples < 1:
+        raise InputError(
+            f"calibration={calibration!r}, samples={samples} is not possible",
+            fix=f"calibration is one of {', '.join(_METHODS)}, and samples at least 1.",
+        )
+    real = _collect(calibration_loader, example_inputs, samples)
+    compared = real if batches is None else _collect(batches, example_inputs, samples)
+    prepared = Prepared(model, example_inputs)
+    target = Path(file)
+    made = _BACKENDS[backend](model, example_inputs, real, calibration)
+    with atomic_path(target) as temporary:
+        temporary.write_bytes(made.content)
+        made = type(made)(temporary.read_bytes(), made.precision)
+        parity = measure_parity(
+            prepared.reference,
+            lambda inputs: tensors(made(*_as_arguments(inputs))),
+            example_inputs,
+            None,
+            main=prepared.main,
+            runtime=f"{backend}, int8",
+            cases=compared,
+            sizes=tuple(sorted({batch_size(inputs) for inputs in compared})),
+            bounds=Bounds(max_relative_error=None, min_snr_db=min_snr_db, advice=_ADVICE),
+        )
+    return Quantized(
+        model=made,
+        file=target,
+        size=len(made.content),
+        parity=parity,
+        backend=backend,
+        calibration=calibration if backend == "onnxruntime" else "observers of XNNPACKQuantizer",
+        samples=sum(batch_size(inputs) for inputs in real),
+    )
+
+
+def _as_arguments(inputs: Any) -> tuple[Any, ...]:
+    return tuple(tensors(inputs))
+
+
+def _collect(loader: Iterable[Any], example_inputs: Example, samples: int) -> list[Any]:
+    """Batches on the CPU, `samples` samples in all at most. Raises DataError when there are none."""
+    found: list[Any] = []
+    left = samples
+    for batch in loader:
+        inputs = map_tensors(lambda t: t.detach().cpu(), inputs_of(batch, example_inputs))
+        found.append(with_batch(inputs, min(left, batch_size(inputs))))
+        left -= batch_size(found[-1])
+        if left <= 0:
+            break
+    if not found:
+        raise DataError("There is no calibration data", fix="Pass a loader that yields at least one batch.")
+    return found
+
+
+class _Reader:
+    """Calibration batches as ONNX Runtime's quantiser reads them."""
+
+    def __init__(self, feeds: Iterator[dict[str, Any]]) -> None:
+        self.feeds = feeds
+
+    def get_next(self) -> dict[str, Any] | None:
+        """The next batch, None at the end."""
+        return next(self.feeds, None)
+
+
+def _by_onnxruntime(model: nn.Module, example_inputs: Example, real: list[Any], calibration: str) -> Packed:
+    """The network as a QDQ graph; the float32 graph before it had its parity checked, so the rest is quantisation."""
+    quantization = optional("onnxruntime.quantization", package="palmette[onnx]")
+    shapes = optional("onnxruntime.quantization.shape_inference", package="palmette[onnx]")
+    with tempfile.TemporaryDirectory() as folder:
+        plain, ready, done = (Path(folder, f"{name}.onnx") for name in ("plain", "ready", "done"))
+        export_onnx(model, example_inputs, plain, batches=real)
+        session = onnx_session(plain.read_bytes(), torch.get_num_threads())
+        feeds = (feeds_by_order(session, inputs) for inputs in real)
+        try:
+            with quiet():
+                shapes.quant_pre_process(str(plain), str(ready))
+                quantization.quantize_static(
+                    str(ready),
+                    str(done),
+                    _Reader(feeds),
+                    quant_format=quantization.QuantFormat.QDQ,
+                    per_channel=True,
+                    activation_type=quantization.QuantType.QUInt8,  # with int8 weights: what x86 and ARM kernels take
+                    weight_type=quantization.QuantType.QInt8,
+                    calibrate_method=getattr(quantization.CalibrationMethod, _METHODS[calibration]),
+                )
+        except Exception as error:  # the quantiser raises ValueError, RuntimeError and onnx's own
+            raise ExportError("ONNX Runtime cannot quantise this network", why=reason(error)) from error
+        return OnnxModel(done.read_bytes(), "int8")
+
+
+def _by_executorch(model: nn.Module, example_inputs: Example, real: list[Any], calibration: str) -> Packed:
+    """The network as a .pte for one sample, what XNNPACK can do in int8 delegated to it."""
+    del calibration
+    parts = executorch_parts()
+    quantizers = optional("executorch.backends.xnnpack.quantizer.xnnpack_quantizer", package="palmette[executorch]")
+    flow = optional("torchao.quantization.pt2e.quantize_pt2e", package="palmette[executorch]")
+    prepared = Prepared(model, example_inputs)
+    one = with_batch(prepared.inputs, 1)
+    arguments = tuple(tensors(one))
+    settings = quantizers.get_symmetric_quantization_config(is_per_channel=True)
+    quantizer = quantizers.XNNPACKQuantizer().set_global(settings)
+    use_threads(torch.get_num_threads())
+    try:
+        with quiet(), torch.no_grad():
+            graph = torch.export.export(Flat(prepared.model, one).eval(), arguments).module()
+            observed = flow.prepare_pt2e(graph, quantizer)
+            for inputs in real:
+                for index in range(batch_size(inputs)):
+                    observed(*tensors(one_sample(inputs, index)))
+            converted = flow.convert_pt2e(observed)
+            return PteModel(lowered(parts, torch.export.export(converted, arguments)), "int8")
+    except Exception as error:  # torch.export, torchao and ExecuTorch raise whatever they like
+        raise ExportError("ExecuTorch cannot quantise this network", why=reason(error)) from error
+
+
+_BACKENDS: dict[str, Callable[[nn.Module, Example, list[Any], str], Packed]] = {
+    "onnxruntime": _by_onnxruntime,
+    "executorch": _by_executorch,
+}
