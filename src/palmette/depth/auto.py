@@ -81,7 +81,7 @@ def search(session: Session, baseline: dict[str, Any], say: Callable[[str], None
     )
     probes = Probes(session, [o for o, _ in options], points)
     limit = config.trainings if settings.rounds is None else min(config.trainings, settings.rounds)
-    start = None if goal is None else reaching(points, goal, session)
+    start = None if goal is None else reaching(points, goal, session.table.runtime)
     found: list[Round] = []
     low, high, winner, ended = -1, len(points), -1, ""
     while not ended:
@@ -180,7 +180,7 @@ def items(scored: Iterable[tuple[Option, float]], whole: float) -> list[Item]:
     ]
 
 
-def reaching(points: Sequence[Point], goal: float, session: Session) -> int:
+def reaching(points: Sequence[Point], goal: float, runtime: str) -> int:
     """The first point of the front, the one of least loss, that is as fast as `goal` ms.
 
     A tighter goal never gives a slower point, because the points' costs fall. Raises InputError when none reaches it.
@@ -190,7 +190,7 @@ def reaching(points: Sequence[Point], goal: float, session: Session) -> int:
             return index
     least = f"{points[-1].cost:.3g} ms" if points else "the dense network's: nothing pays"
     raise InputError(
-        f"a latency of {goal:.3g} ms cannot be reached on {session.table.runtime}",
+        f"a latency of {goal:.3g} ms cannot be reached on {runtime}",
         why=f"the lowest that the removals allow is {least}",
         fix="Ask for less, or allow more edits",
     )
