@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import itertools
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,69 +22,17 @@ from palmette.graph.affine import (
 )
 from palmette.graph.capture import example_of, is_captured, make_inputs, set_shapes
 from palmette.graph.dead import MULTIPLE, narrow_dead
-from palmette.graph.edit import linear_runs
+from palmette.graph.narrowing import narrowings
 from palmette.graph.ops import ChannelAffine, module_of, op_name, remove_dead
 from palmette.graph.paths import Element, Path, Reader
-from palmette.graph.rewrite import absorb, absorb_target, describe_map, merge, narrow
+from palmette.graph.record import CollapseRecord, MergeRecord
+from palmette.graph.rewrite import absorb, absorb_target, describe_map, merge, narrow, widen
 from palmette.graph.segments import GAIN, Merged, for_timing, input_shape, signature, unmerged
-from palmette.graph.sites import element_macs, positions
+from palmette.graph.sites import element_macs, macs_saved, positions
+from palmette.graph.widen import Strand, Wide, groups
 
 if TYPE_CHECKING:
     from palmette.meter.table import CostTable
-
-
-@dataclass(frozen=True)
-class MergeRecord:
-    """One merge, done or refused.
-
-    `members`: paths merged into `result`; `worst_error`: largest relative error of the merged operation against what
-    it replaces, in float64 (`worst_error_float32`: in float32); MACs per sample; ms at batch 1 when measured.
-    """
-
-    members: tuple[str, ...]
-    result: str
-    done: bool
-    reason: str
-    exactness: str
-    worst_error: float
-    worst_error_float32: float
-    macs_before: int
-    macs_after: int
-    ms_before: float | None = None
-    ms_after: float | None = None
-
-
-@dataclass
-class CollapseRecord:
-    """What `collapse` did: merges, former activations absorbed elsewhere, dead channels deleted."""
-
-    merges: list[MergeRecord] = field(default_factory=list)
-    narrowed: list[dict[str, Any]] = field(default_factory=list)
-    absorbed: list[str] = field(default_factory=list)
-    cost: str = ""
-
-    @property
-    def done(self) -> list[MergeRecord]:
-        """The merges that were done."""
-        return [m for m in self.merges if m.done]
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able form."""
-        return {
-            "merges": [asdict(m) for m in self.merges],
-            "narrowed": self.narrowed,
-            "absorbed": self.absorbed,
-            "cost": self.cost,
-        }
-
-    def __str__(self) -> str:
-        lines = [f"{len(self.done)} of {len(self.merges)} merges done (cost: {self.cost})"]
-        for m in self.merges:
-            state = f"{m.exactness}, error {m.worst_error:.1e}" if m.done else f"refused: {m.reason}"
-            lines.append(
-                f"  {' + '.join(m.members)}: {m.macs_before / 1e6:.2f} -> {m.macs_after / 1e6:.2f} M MACs, {state}"
-            )
-        return "\n".join(lines)
 
 
 @dataclass
@@ -131,9 +78,16 @@ def collapse(
 def collapse_again(edited: fx.GraphModule, decisions: list[dict[str, Any]]) -> fx.GraphModule:
     """Collapse `edited` by decisions already taken, with algebra: the float64 twin of a collapsed network."""
     gm = copy.deepcopy(edited)
-    wanted = {tuple(d["nodes"]) for d in decisions if d["type"] == "merge"}
+    wanted = {_mark(d) for d in decisions if d["type"] in ("merge", "widen")}
     _finish(gm, _Worker(gm, CollapseRecord(), None, True, True, wanted).run())
     return gm
+
+
+def _mark(decision: dict[str, Any]) -> tuple[str, ...]:
+    """What tells a merge from others: the paths of all that it replaces."""
+    if decision["type"] == "merge":
+        return tuple(decision["nodes"])
+    return (*(n for level in decision["levels"] for n in level["nodes"]), *decision["leaves"])
 
 
 def _finish(gm: fx.GraphModule, decisions: list[dict[str, Any]]) -> None:
@@ -167,13 +121,12 @@ class _Worker:
     def run(self) -> list[dict[str, Any]]:
         decisions: list[dict[str, Any]] = []
         reader = Reader(self.gm)
-        chosen = [
-            choice for path in reader.paths() for run in linear_runs(path) for choice in self._choose(reader, run)
-        ]
+        chosen = [choice for path in reader.paths() if len(path) > 1 for choice in self._choose(reader, path)]
         for choice in chosen:
             decisions.append(self._merge(reader, choice))
             reader = Reader(self.gm)
-        for decision in self._narrowings(Reader(self.gm)):
+        decisions += self._widen()
+        for decision in narrowings(Reader(self.gm)):
             narrow(self.gm, decision)
             decisions.append(decision)
             self.record.narrowed.append(
@@ -190,7 +143,10 @@ class _Worker:
     # -- which merges --------------------------------------------------------------------------------------------------
 
     def _choose(self, reader: Reader, run: Path) -> list[_Choice]:
-        """The best set of disjoint merges of neighbouring elements: most gain, or with `force` most operations gone."""
+        """The best set of disjoint merges of neighbouring elements: most gain, or with `force` most operations gone.
+
+        Neighbours that nothing separated before any edit are merged only where that is exact and pays, silently.
+        """
         n = len(run)
         options: dict[tuple[int, int], _Choice] = {}
         worth: dict[tuple[int, int], float] = {}
@@ -202,11 +158,15 @@ class _Worker:
                     and tuple(n.meta["path"] for e in run[i : j + 1] for n in e.nodes) not in self.wanted
                 ):
                     continue
-                choice, why = self._option(reader, run[i : j + 1])
-                if isinstance(choice, _Choice) and (self.force or self._pays(choice)):
+                edited = all(e.linear_link for e in run[i:j])
+                if not edited and macs_saved(reader, run[i : j + 1], self.pad) < 0:
+                    continue
+                choice, why = self._option(reader, run[i : j + 1], inexact=self.allow_inexact and edited)
+                forced = self.wanted is not None or (self.force and edited)
+                if isinstance(choice, _Choice) and (forced or self._pays(choice)):
                     options[i, j] = choice
                     worth[i, j] = float(j - i) if self.force else choice.before - choice.after
-                elif (i, j) == (0, n - 1) or j == i + 1:
+                elif edited and ((i, j) == _edited_around(run, i) or j == i + 1):
                     refused.append(self._refusal(reader, run[i : j + 1], choice, why))
         best: list[tuple[float, list[tuple[int, int]]]] = [(0.0, [])]
         for j in range(n):
@@ -219,7 +179,7 @@ class _Worker:
         self.record.merges += [r for r in refused if not {paths[m] for m in r.members} <= covered]
         return [options[t] for t in taken]
 
-    def _option(self, reader: Reader, elements: Path) -> tuple[_Choice | None, str]:
+    def _option(self, reader: Reader, elements: Path, *, inexact: bool) -> tuple[_Choice | None, str]:
         maps = [reader.affine(e) for e in elements]
         merged, exactness = (
             maps[0],
@@ -229,7 +189,7 @@ class _Worker:
             why = inexact_reason(merged, m)
             if why and self.pad == "bias_map" and can_carry_edge(merged):
                 merged, exactness, why = with_edge(merged), "bias_map", ""
-            if why and not self.allow_inexact:
+            if why and not inexact:
                 return None, why
             exactness = "approx" if why else exactness
             merged = compose(merged, m)
@@ -311,6 +271,47 @@ class _Worker:
             name += "_"
         return name
 
+    def _widen(self) -> list[dict[str, Any]]:
+        """Make every parallel sum wide where that pays; its branches may have been merged before."""
+        decisions: list[dict[str, Any]] = []
+        tried: set[tuple[fx.Node, ...]] = set()
+        while True:
+            left = (g for g in groups(self.gm) if tuple(s.output for s in g) not in tried)
+            strands = next(left, None)
+            if strands is None:
+                return decisions
+            tried.add(tuple(s.output for s in strands))
+            decision = self._wide(strands)
+            if decision is not None:
+                decisions.append(decision)
+
+    def _wide(self, strands: list[Strand]) -> dict[str, Any] | None:
+        wide = Wide(self.gm, strands)
+        if self.wanted is not None and _mark(wide.decision) not in self.wanted:
+            return None
+        before, after, inputs = wide.modules()
+        macs_before, macs_after = wide.macs
+        ms: tuple[float, float] | tuple[None, None] = (None, None)
+        pays, unit = macs_after <= macs_before, f"{macs_before:.4g} -> {macs_after:.4g} MACs"
+        if self.table is not None and self.table.runtime != "macs":
+            ms = self.table.compare(wide.key, before, after, inputs)
+            pays, unit = ms[1] < GAIN * ms[0], f"{ms[0]:.4g} -> {ms[1]:.4g} ms"
+        if not pays and not self.force:
+            reason = f"it would not pay: {unit}"
+            self.record.merges.append(
+                MergeRecord(wide.members, "", False, reason, "exact", 0.0, 0.0, macs_before, macs_after, *ms)
+            )
+            return None
+        like = _like(wide.reader, list(strands[0].elements))
+        worst, worst32 = errors(before, after, list(inputs[0].shape), like)
+        wide.absorb_skip()
+        widen(self.gm, wide.decision, wide.maps)
+        result, reason = wide.decision["levels"][-1]["result"], f"{len(strands)} branches side by side"
+        self.record.merges.append(
+            MergeRecord(wide.members, result, True, reason, "exact", worst, worst32, macs_before, macs_after, *ms)
+        )
+        return wide.decision
+
     def _skip(self, nodes: list[fx.Node], merged: Affine) -> fx.Node | None:
         """The addition x + run(x) behind the run, if the identity can go into the kernel."""
         users = list(nodes[-1].users)
@@ -339,40 +340,15 @@ class _Worker:
         calls = sum(str(n.target) == str(source.target) for n in self.gm.graph.nodes if n.op == "call_module")
         return source if calls == 1 else None
 
-    def _narrowings(self, reader: Reader) -> list[dict[str, Any]]:
-        """Dead channels of former activations that were not merged: rows and columns that can go."""
-        found = []
-        for path in reader.paths():
-            for producer, consumer in itertools.pairwise(path):
-                affine = producer.links[0] if producer.links else None
-                if isinstance(affine, fx.Node) and len(producer.links) == 1 and producer.nodes[-1] is affine:
-                    decision = self._narrowing(reader, producer, consumer, affine)
-                    if decision is not None:
-                        found.append(decision)
-        return found
 
-    def _narrowing(
-        self, reader: Reader, producer: Element, consumer: Element, affine: fx.Node
-    ) -> dict[str, Any] | None:
-        module: Any = module_of(self.gm, affine)
-        dead = module.slope.detach() == 0
-        plain = all(
-            e.main.op == "call_module" and reader.is_affine(e.main) and reader.shape_of(e).groups == 1
-            for e in (producer, consumer)
-        )
-        if not plain or not bool(dead.any()) or bool(dead.all()) or reader.shape_of(consumer).in_channels != len(dead):
-            return None
-        if reader.shape_of(consumer).padded and bool((module.offset.detach()[dead] != 0).any()):
-            return None
-        return {
-            "type": "narrow",
-            "producer": producer.path,
-            "tail": [n.meta["path"] for n in producer.tail],
-            "affine": affine.meta["path"],
-            "consumer": consumer.path,
-            "keep": torch.nonzero(~dead).flatten().tolist(),
-            "of": len(dead),
-        }
+def _edited_around(run: Path, i: int) -> tuple[int, int]:
+    """First and last element of the stretch around element `i` that former activations join."""
+    first, last = i, i
+    while first > 0 and run[first - 1].linear_link:
+        first -= 1
+    while last < len(run) - 1 and run[last].linear_link:
+        last += 1
+    return first, last
 
 
 def _like(reader: Reader, elements: Path) -> Tensor:

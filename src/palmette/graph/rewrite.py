@@ -24,6 +24,8 @@ def replay(gm: fx.GraphModule, decisions: list[dict[str, Any]]) -> None:
         kind = decision["type"]
         if kind == "merge":
             merge(gm, decision, empty_map(decision["map"]))
+        elif kind == "widen":
+            widen(gm, decision, [empty_map(level["map"]) for level in decision["levels"]])
         elif kind == "narrow":
             narrow(gm, decision)
         elif kind == "absorb":
@@ -86,6 +88,22 @@ def merge(gm: fx.GraphModule, decision: dict[str, Any], merged: Affine) -> fx.No
     if decision.get("norm"):
         _strip_norm(gm, decision["norm"])
     return end
+
+
+def widen(gm: fx.GraphModule, decision: dict[str, Any], maps: list[Affine]) -> None:
+    """Put a wide branch in the place of the first of its strands and take the others out of the sum, in place."""
+    for path in decision["leaves"]:
+        leaf = node_at(gm, path)
+        add = next(iter(leaf.users))
+        add.replace_all_uses_with(next(n for n in add.all_input_nodes if n is not leaf))
+        gm.graph.erase_node(add)
+    widen_levels(gm, decision, maps)
+
+
+def widen_levels(gm: fx.GraphModule, decision: dict[str, Any], maps: list[Affine]) -> None:
+    """Replace the operations of one strand by wide ones, in place."""
+    for level, a in zip(decision["levels"], maps, strict=True):
+        merge(gm, level, a)
 
 
 def _padded_meta(source: Any, merged: Affine) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from palmette.graph.blocks import find_blocks
 from palmette.graph.ops import is_state, is_transparent, module_of, skip_transparent
 from palmette.graph.parallel import MARK, branch_of, make_parallel, parallel_reason
 from palmette.graph.paths import Element, Reader, channel_axis
-from palmette.graph.rewrite import describe_map, merge, node_at
+from palmette.graph.rewrite import describe_map, widen, widen_levels
 from palmette.graph.segments import extract, geometry
 from palmette.graph.sites import element_macs, positions
 from palmette.graph.spans import Run, inside, total
@@ -262,7 +262,7 @@ class Wide:
         """The sum of the branches, the wide branch, and inputs of batch 1 for both."""
         parts = [extract(self.gm, s.nodes, s.output) for s in self.strands]
         after = copy.deepcopy(parts[0][0])
-        _wide_levels(after, self.decision, self.maps)
+        widen_levels(after, self.decision, self.maps)
         after.recompile()
         return _Sum(part for part, _ in parts).eval(), after.eval(), parts[0][1]
 
@@ -301,22 +301,7 @@ class _Sum(nn.Module):
         return torch.stack(outputs).sum(0) if len(outputs) > 2 else outputs[0] + outputs[1]
 
 
-# -- in a graph --------------------------------------------------------------------------------------------------------
-
-
-def widen(gm: fx.GraphModule, decision: dict[str, Any], maps: list[Affine]) -> None:
-    """Put the wide branch in the place of the first of its strands and take the others out of the sum, in place."""
-    for path in decision["leaves"]:
-        leaf = node_at(gm, path)
-        add = next(iter(leaf.users))
-        add.replace_all_uses_with(next(n for n in add.all_input_nodes if n is not leaf))
-        gm.graph.erase_node(add)
-    _wide_levels(gm, decision, maps)
-
-
-def _wide_levels(gm: fx.GraphModule, decision: dict[str, Any], maps: list[Affine]) -> None:
-    for level, a in zip(decision["levels"], maps, strict=True):
-        merge(gm, level, a)
+# -- before any plan ---------------------------------------------------------------------------------------------------
 
 
 def parallel_form(gm: fx.GraphModule, run: Run) -> tuple[fx.GraphModule, fx.GraphModule, tuple[Any, ...]]:
