@@ -291,10 +291,11 @@ class _Worker:
             return None
         before, after, inputs = wide.modules()
         macs_before, macs_after = wide.macs
+        like = _like(wide.reader, list(strands[0].elements))
         ms: tuple[float, float] | tuple[None, None] = (None, None)
         pays, unit = macs_after <= macs_before, f"{macs_before:.4g} -> {macs_after:.4g} MACs"
         if self.table is not None and self.table.runtime != "macs":
-            ms = self.table.compare(wide.key, before, after, inputs)
+            ms = self.table.compare(wide.key, before, copy.deepcopy(after).to(like.dtype), inputs)
             pays, unit = ms[1] < GAIN * ms[0], f"{ms[0]:.4g} -> {ms[1]:.4g} ms"
         if not pays and not self.force:
             reason = f"it would not pay: {unit}"
@@ -302,7 +303,6 @@ class _Worker:
                 MergeRecord(wide.members, "", False, reason, "exact", 0.0, 0.0, macs_before, macs_after, *ms)
             )
             return None
-        like = _like(wide.reader, list(strands[0].elements))
         worst, worst32 = errors(before, after, list(inputs[0].shape), like)
         wide.absorb_skip()
         widen(self.gm, wide.decision, wide.maps)

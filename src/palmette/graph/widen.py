@@ -259,9 +259,9 @@ class Wide:
         )
 
     def modules(self) -> tuple[nn.Module, nn.Module, tuple[Any, ...]]:
-        """The sum of the branches, the wide branch, and inputs of batch 1 for both."""
+        """The sum of the branches, the wide branch in float64, and inputs of batch 1 for the former."""
         parts = [extract(self.gm, s.nodes, s.output) for s in self.strands]
-        after = copy.deepcopy(parts[0][0])
+        after = copy.deepcopy(parts[0][0]).double()
         widen_levels(after, self.decision, self.maps)
         after.recompile()
         return _Sum(part for part, _ in parts).eval(), after.eval(), parts[0][1]
