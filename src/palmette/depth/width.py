@@ -67,7 +67,7 @@ def prune_width(
     )
     removed = torch.zeros_like(channels.pinned)
     for group in _groups(channels, tuple(protect), keep_first):
-        stay = min(len(group), max(1, int(len(group) * (1 - ratio) / round_to + 0.5)) * round_to)
+        stay = nearest(len(group) * (1 - ratio), round_to, len(group))
         if stay < len(group):
             scores = judge(_described(pruning, channels, group, scored)).nan_to_num()
             removed[group[scores.argsort(stable=True)[: len(group) - stay].cpu()]] = True
@@ -83,6 +83,13 @@ def _check(ratio: float, importance: str, loader: Any, round_to: int) -> None:
         raise InputError(f"Unknown importance '{importance}'", fix=f"Use one of {', '.join(IMPORTANCES)}.")
     if importance == "taylor" and loader is None:
         raise InputError("importance 'taylor' needs data", fix="Pass a loader of (inputs, target) pairs.")
+
+
+def nearest(wanted: float, multiple: int, most: int) -> int:
+    """The nearest of `most` and the multiples below it, at least one multiple."""
+    low = min(max(1, int(wanted / multiple)) * multiple, most)
+    high = min(low + multiple, most)
+    return high if high - wanted <= wanted - low else low
 
 
 def _groups(channels: Channels, protect: tuple[str, ...], keep_first: bool) -> list[Tensor]:
