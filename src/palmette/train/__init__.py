@@ -4,6 +4,7 @@ from palmette.train.checkpoint import load_checkpoint, save_checkpoint
 from palmette.train.config import HealConfig
 from palmette.train.distill import distillation_loss
 from palmette.train.evaluate import Evaluation, evaluate
+from palmette.train.fade import heal_fading
 from palmette.train.loop import heal, healed
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "distillation_loss",
     "evaluate",
     "heal",
+    "heal_fading",
     "healed",
     "load_checkpoint",
     "save_checkpoint",
