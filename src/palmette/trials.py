@@ -127,7 +127,7 @@ def _here(trial: Trial, items: Mapping[str, Any], seed: int) -> Iterator[tuple[s
 def _on_ray(trial: Trial, items: Mapping[str, Any], seed: int, address: str, cpus: int) -> Iterator[tuple[str, Any]]:
     """Each trial as a task of Ray, in the order in which they finish; what is under way is given up at an error."""
     ray = connect(address)
-    task = ray.remote(num_cpus=cpus)(_remote)
+    task = ray.remote(num_cpus=cpus, max_retries=1)(_remote)  # once more where a worker was lost
     shared = ray.put(carried(packed, trial))
     waiting = {task.remote(shared, key, carried(packed, item), seed, cpus): key for key, item in items.items()}
     try:
@@ -137,13 +137,19 @@ def _on_ray(trial: Trial, items: Mapping[str, Any], seed: int, address: str, cpu
             try:
                 answer = ray.get(ready)
             except ray.exceptions.RayError as error:
-                raise named(error, key) from error
+                raise RunError("A worker failed", where=f"trial {key!r}", why=_gist(str(error))) from error
             if "value" not in answer:
                 raise error_from(answer["error"])
             yield key, answer["value"]
     finally:
         for reference in waiting:
             ray.cancel(reference, force=True)
+
+
+def _gist(text: str) -> str:
+    """The last line of an error's text that says something, without colours."""
+    lines = [line.strip() for line in re.sub(r"\x1b\[\d*m", "", text).splitlines()]
+    return next((line for line in reversed(lines) if line.strip("^ ")), "no reason is known")
 
 
 def _remote(trial: Trial, key: str, item: Any, seed: int, threads: int) -> dict[str, Any]:
@@ -168,10 +174,11 @@ def carried(change: Callable[[Any], Any], value: Any) -> Any:
     return change(value)
 
 
-def connect(address: str) -> Any:
+def connect(address: str, cpus: int | None = None) -> Any:
     """The module `ray`, connected: as it is already, else to `address`, or to workers started here for "local".
 
-    The connection lasts as long as the process. Raises MissingDependency, or RunError when nothing answers.
+    cpus: how many of this machine the workers get, all without it. The connection lasts as long as the process. Raises
+    MissingDependency, or RunError when nothing answers.
     """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
@@ -181,7 +188,9 @@ def connect(address: str) -> Any:
         raise MissingDependency("Ray is not installed", fix='pip install "palmette[ray]"') from error
     if ray.is_initialized():
         return ray
-    own = {"include_dashboard": False, "object_store_memory": _STORE_BYTES} if address == "local" else {}
+    own: dict[str, Any] = {}
+    if address == "local":
+        own = {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": _STORE_BYTES}
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
     except (OSError, RuntimeError, ValueError) as error:

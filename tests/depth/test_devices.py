@@ -130,7 +130,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(command, whole) -> None:
     process.communicate(timeout=120)  # the other process lets go of the pipe: it ends too
     assert not (command.folder / "killed" / "model.safetensors").exists()
     refused = command.run("killed", "--cost", "macs", "--resume", code=2)
-    assert "started with another processes" in refused
+    assert "The run was started with another config.processes" in refused
     command.run("killed", "--cost", "macs", "--devices", "2", "--resume")
     assert command.weights("killed") == command.weights("whole")
     assert command.plan("killed") == command.plan("whole")
