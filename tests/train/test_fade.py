@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from palmette.errors import DataError, RefusedEdit
-from palmette.graph import Plan, capture, drop, linearize
+from palmette.graph import Plan, capture, drop, fit_linear, identity, linearize
 from palmette.graph.blend import insert_blends
 from palmette.train import HealConfig, heal
 from palmette.train.fade import Fading, fade_checkpoint, fade_in, heal_fading
@@ -154,6 +154,36 @@ def test_the_structure_is_that_of_the_applied_plan(nets, dense, plan, pad):
     assert not result.training
     assert nets.equal(nets.weights(dense), before)
     assert not nets.equal(nets.weights(result), nets.weights(applied))
+
+
+def test_a_run_of_blocks_fades_as_its_blocks_do(nets, dense):
+    single = faded(nets, dense, Plan([drop("blocks.0"), drop("blocks.1")]))
+    together = faded(nets, dense, Plan([drop("blocks.0..blocks.1")]))
+    assert nets.equal(nets.weights(single), nets.weights(together))
+
+
+@pytest.mark.parametrize(
+    ("edits", "blended"),
+    [
+        ([fit_linear("blocks.0"), drop("blocks.1")], 5),  # the fit at once, before the block fades
+        ([linearize("blocks.0.act"), identity("blocks.2.second")], 5),
+        ([fit_linear("blocks.0"), fit_linear("blocks.2")], 0),  # nothing to fade
+    ],
+    ids=["fit and drop", "linearise and identity", "fits"],
+)
+def test_what_cannot_fade_is_made_at_once(nets, dense, edits, blended):
+    plan, seen = Plan(edits).fit(dense, nets.images(shuffle=False), EXAMPLE), []
+
+    def term(network, inputs, output):
+        seen.append(any("palmette_blend" in name for name, _ in network.named_modules()))
+        return output.new_zeros(())
+
+    result = faded(nets, dense, plan, loss_terms=[term])
+    applied = plan.apply(dense, EXAMPLE)
+    assert {name: tensor.shape for name, tensor in result.state_dict().items()} == {
+        name: tensor.shape for name, tensor in applied.state_dict().items()
+    }
+    assert seen == [True] * blended + [False] * (12 - blended)
 
 
 def test_slopes_learn_while_they_fade_in(nets, dense, plan):

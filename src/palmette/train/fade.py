@@ -18,13 +18,15 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, fx, nn
 
+from palmette.errors import PlanError, RefusedEdit
 from palmette.graph.activations import find_activations
 from palmette.graph.blend import insert_blends, remove_blends
-from palmette.graph.blocks import find_blocks
 from palmette.graph.capture import capture
 from palmette.graph.plan import Edit, Plan
 from palmette.graph.sites import site_axis
+from palmette.graph.spans import run_at
 from palmette.train.batches import length
+from palmette.train.checkpoint import model_tensors
 from palmette.train.config import HealConfig
 from palmette.train.constraints import zeros_kept
 from palmette.train.loop import heal
@@ -130,15 +132,19 @@ def fade_in(
 ) -> tuple[fx.GraphModule, HealConfig]:
     """The first part of `heal_fading`: the edited network and the settings of the healing that is left to do.
 
-    Slopes of an affine fit train meanwhile. Padding moves when the edits are made, at the end of the fade; an edit that
-    is neither a linearisation nor the removal of one block is made then too, at once.
+    Linearisations and removals of blocks fade in, and slopes of an affine fit train meanwhile. Other edits are made at
+    once, before the fade; where that would hide a site from the others, everything is. Padding moves when an edit is
+    made, so for a fading one at the end of the fade.
     """
-    blended = capture(network, example_inputs)
-    edited = plan.apply(blended, example_inputs, pad)  # what cannot be done is refused before anything is trained
-    steps = _steps(loader, config, options.get("fabric")) if config.fade > 0 else None
-    fading = {} if steps == 0 else _fadings(blended, plan, steps or 0)
-    if config.fade == 0 or not fading:
+    before = capture(network, example_inputs)
+    edited = plan.apply(before, example_inputs, pad)  # what cannot be done is refused before anything is trained
+    steps = _steps(loader, config, options.get("fabric")) if config.fade > 0 else 0
+    if steps == 0:
         return edited, config
+    blended, gradual = _prepared(before, plan, edited, example_inputs, pad)
+    if len(gradual) == 0:
+        return edited, config
+    fading = _fadings(blended, gradual, steps or 0)
     switch = config.begin + config.fade * (config.end - config.begin)
     insert_blends(blended, fading)
 
@@ -154,7 +160,7 @@ def fade_in(
         constraints=[advance, *([zeros_kept(blended)] if keep_zeros else ())],
         **options,
     )
-    trained = Plan([_as_trained(edit, fading.get(edit.site)) for edit in plan])
+    trained = Plan([_as_trained(edit, fading.get(edit.site)) for edit in gradual])
     remove_blends(blended)
     return trained.apply(blended, example_inputs, pad), dataclasses.replace(config, begin=switch)
 
@@ -174,15 +180,30 @@ def _steps(loader: Iterable[Any], config: HealConfig, fabric: Fabric | None) -> 
     return round(switch * total) - round(config.begin * total)
 
 
+def _prepared(
+    before: fx.GraphModule, plan: Plan, edited: fx.GraphModule, example_inputs: Any, pad: str
+) -> tuple[fx.GraphModule, Plan]:
+    """The network with all that cannot fade in made, and the plan of what can; an empty one if that is no way there."""
+    gradual = Plan([edit for edit in plan if edit.kind in ("linearize", "drop")])
+    if len(gradual) in (0, len(plan)):
+        return before, gradual
+    try:
+        start = Plan([edit for edit in plan if edit not in gradual.edits]).apply(before, example_inputs, pad)
+        end = gradual.apply(start, example_inputs, pad)
+    except (PlanError, RefusedEdit):  # the order of the plan matters
+        return before, Plan()
+    shapes = [{name: tensor.shape for name, tensor in model_tensors(gm).items()} for gm in (end, edited)]
+    return (start, gradual) if shapes[0] == shapes[1] else (before, Plan())
+
+
 def _fadings(gm: fx.GraphModule, plan: Plan, steps: int) -> dict[str, Fading]:
-    """A module for each edit that can fade."""
+    """A module for each activation that is to be linearised and for each block that is to go."""
     activations = {a.path: a for a in find_activations(gm)}
-    blocks = {b.path for b in find_blocks(gm)}
     found: dict[str, Fading] = {}
     for edit in plan:
-        if edit.kind == "drop" and edit.site in blocks:
-            found[edit.site] = Fading(steps)
-        elif edit.kind == "linearize" and edit.fitted and edit.site in activations:
+        if edit.kind == "drop":
+            found |= {block.path: Fading(steps) for block in run_at(gm, edit.site)}
+        else:
             slope, offset = (
                 None if v is None else torch.tensor(v, dtype=torch.float64) for v in (edit.slope, edit.offset)
             )
