@@ -11,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from palmette.depth.entropy import EntropyRule, MaskTap, StateCounter, binary_entropy, count_states, mean_abs_weight
+from palmette.depth.entropy import (
+    EntropyRule,
+    MaskTap,
+    Scratch,
+    StateCounter,
+    binary_entropy,
+    count_states,
+    finite,
+    mean_abs_weight,
+)
 from palmette.errors import DataError
 
 RULES = [
@@ -138,3 +147,49 @@ def test_nothing_seen_is_an_error(aggregation: str) -> None:
 def test_a_pre_activation_that_is_not_finite_is_an_error() -> None:
     with pytest.raises(DataError, match="not finite"):
         StateCounter(EntropyRule(), 1).add(torch.tensor([[1.0, float("nan")]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_counts_do_not_depend_on_the_precision(dtype: torch.dtype) -> None:
+    z = torch.randint(-2, 3, (600, 3, 40), generator=torch.Generator().manual_seed(4)).float()
+    for per_position in (True, False):
+        found = count_states(z.to(dtype), 1, per_position=per_position)
+        assert torch.equal(found, count_states(z, 1, per_position=per_position))
+        assert found.dtype == torch.int64
+        assert bool((found.sum(0) == (600 if per_position else 600 * 40)).all())
+
+
+def test_memory_used_again_holds_nothing_of_the_layer_before() -> None:
+    scratch, generator = Scratch(), torch.Generator().manual_seed(5)
+    for shape in ((4, 3, 6), (2, 3, 5), (8, 7, 9), (3, 2)):
+        z = torch.randn(shape, generator=generator)
+        assert torch.equal(count_states(z, 1, scratch=scratch), count_states(z, 1))
+    z = torch.randn(4, 6, 3, generator=generator).transpose(1, 2)
+    assert torch.equal(count_states(z, 1, scratch=scratch), count_states(z.contiguous(), 1))
+
+
+def test_the_sum_over_positions_may_come_first() -> None:
+    z = torch.randn(5, 6, 4, generator=torch.Generator().manual_seed(6))
+    mask = torch.arange(6)[None] < torch.tensor([6, 1, 4, 2, 3])[:, None]
+    for tokens in (None, mask):
+        counts = count_states(z, 2, tokens)
+        assert torch.equal(counts.sum(2, keepdim=True), count_states(z, 2, tokens, per_position=False))
+
+
+def test_large_values_are_finite() -> None:
+    assert finite(torch.full((3, 1000), 3e38))  # their sum is not
+    assert not finite(torch.tensor([1.0, -math.inf, math.inf]))
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_counts_of_several_processes_add_up(rule: EntropyRule) -> None:
+    generator = torch.Generator().manual_seed(7)
+    batches = [torch.randn(n, 3, p, generator=generator) for n, p in ((4, 5), (3, 2), (6, 5), (2, 2))]
+    whole, halves = StateCounter(rule, 1), [StateCounter(rule, 1), StateCounter(rule, 1)]
+    for index, batch in enumerate(batches):
+        whole.add(batch)
+        halves[index % 2].add(batch)
+    parts = [half.totals() for half in halves]
+    names = {name for part in parts for name in part}
+    halves[0].take({name: sum(part[name] for part in parts if name in part) for name in names})
+    assert halves[0].entropy() == pytest.approx(whole.entropy(), abs=1e-12)
