@@ -10,7 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from palmette.deploy import export, export_onnx, export_program, load_program
+    from palmette.deploy.huggingface import save_pretrained
+    from palmette.deploy.quantize import quantize_int8
+    from palmette.depth.curve import CurveResult, curve
     from palmette.depth.shrink import ShrinkResult, shrink
+    from palmette.depth.width import prune_width
     from palmette.device import DeviceProfile
     from palmette.errors import PalmetteError
     from palmette.graph import (
@@ -21,9 +25,13 @@ if TYPE_CHECKING:
         collapse,
         drop,
         find_sites,
+        fit_linear,
+        identity,
         linearize,
         load,
         observe,
+        parallelize,
+        remove_dead_channels,
         save,
         verify,
     )
@@ -32,10 +40,15 @@ if TYPE_CHECKING:
     from palmette.report import render
     from palmette.train.evaluate import evaluate
     from palmette.train.loop import HealConfig, heal
+    from palmette.train.wasserstein import lacoot_term, max_sliced_wasserstein
 
 _HOMES = {
     "palmette.deploy": ("export", "export_onnx", "export_program", "load_program"),
+    "palmette.deploy.huggingface": ("save_pretrained",),
+    "palmette.deploy.quantize": ("quantize_int8",),
+    "palmette.depth.curve": ("CurveResult", "curve"),
     "palmette.depth.shrink": ("ShrinkResult", "shrink"),
+    "palmette.depth.width": ("prune_width",),
     "palmette.device": ("DeviceProfile",),
     "palmette.errors": ("PalmetteError",),
     "palmette.graph": (
@@ -46,9 +59,13 @@ _HOMES = {
         "collapse",
         "drop",
         "find_sites",
+        "fit_linear",
+        "identity",
         "linearize",
         "load",
         "observe",
+        "parallelize",
+        "remove_dead_channels",
         "save",
         "verify",
     ),
@@ -57,12 +74,14 @@ _HOMES = {
     "palmette.report": ("render",),
     "palmette.train.evaluate": ("evaluate",),
     "palmette.train.loop": ("HealConfig", "heal"),
+    "palmette.train.wasserstein": ("lacoot_term", "max_sliced_wasserstein"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Cost",
     "CostTable",
+    "CurveResult",
     "DeviceProfile",
     "HealConfig",
     "PalmetteError",
@@ -73,24 +92,34 @@ __all__ = [
     "capture",
     "check_method",
     "collapse",
+    "curve",
     "drop",
     "evaluate",
     "export",
     "export_onnx",
     "export_program",
     "find_sites",
+    "fit_linear",
     "get_method",
     "heal",
+    "identity",
+    "lacoot_term",
     "linearize",
     "load",
     "load_program",
+    "max_sliced_wasserstein",
     "measure",
     "measure_latency",
     "method",
     "methods",
     "observe",
+    "parallelize",
+    "prune_width",
+    "quantize_int8",
+    "remove_dead_channels",
     "render",
     "save",
+    "save_pretrained",
     "shrink",
     "verify",
 ]

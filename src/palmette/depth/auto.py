@@ -22,12 +22,12 @@ from torch import fx
 from palmette.depth.front import Point, measured_front
 from palmette.depth.importance import LocalHealing, Reference, trial
 from palmette.depth.knapsack import Item, front
-from palmette.depth.options import Option, edits_of, find_options
+from palmette.depth.options import Option, find_options
 from palmette.depth.probe import Probes
 from palmette.depth.rounds import Round, Search, target_ms
 from palmette.depth.session import Session
 from palmette.errors import InputError
-from palmette.graph import Candidate, Plan
+from palmette.graph import Candidate, Plan, edits_of
 from palmette.graph.capture import example_of
 from palmette.meter.compute import macs
 from palmette.registry import Bounds, MethodConfig, method

@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from palmette import graph
-from palmette.graph import Candidate, Edit, Plan, candidates, drop, linearize
+from palmette.graph import Candidate, Plan, candidates, edits_of
 from palmette.graph.inputs import Example
 from palmette.meter.table import CostTable
 
@@ -73,13 +72,6 @@ def find_options(
     wanted = {(e.kind, e.site): e for _, candidate in ordered for e in edits_of(candidate)}
     fitted = {(e.kind, e.site): e for e in Plan(wanted.values()).fit(dense, calibration, example)} if wanted else {}
     return [Option(key=key, candidate=c, plan=Plan(fitted[e.kind, e.site] for e in edits_of(c))) for key, c in ordered]
-
-
-def edits_of(candidate: Candidate) -> list[Edit]:
-    """The edits that do a candidate's removal, affine where an activation goes."""
-    if candidate.edit in ("linearize", "drop"):
-        return [linearize(site) if candidate.edit == "linearize" else drop(site) for site in candidate.sites]
-    return [getattr(graph, candidate.edit)(site) for site in candidate.sites]
 
 
 def joined(options: Iterable[Option]) -> Plan:
