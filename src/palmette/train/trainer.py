@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -368,7 +369,13 @@ def make_fabric(model: nn.Module, config: HealConfig) -> Fabric:
         own = {torch.float64: "64-true", torch.bfloat16: "bf16-true", torch.float16: "16-true"}
         mixed = "bf16-mixed" if accelerator == "cuda" and torch.cuda.is_bf16_supported() else "16-mixed"
         precision = own.get(parameter.dtype, mixed if accelerator == "cuda" else "32-true")
-    return Fabric(accelerator=accelerator, devices=devices, precision=precision)
+    logger = logging.getLogger("lightning_fabric.utilities.rank_zero")
+    level = logger.level
+    logger.setLevel(logging.WARNING)  # one healing in many is no place to announce the precision
+    try:
+        return Fabric(accelerator=accelerator, devices=devices, precision=precision)
+    finally:
+        logger.setLevel(level)
 
 
 def check_task(task: Task) -> None:
