@@ -22,7 +22,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from palmette.depth.prepared import keep
 from palmette.depth.shrink import ShrinkResult, shrink
 from palmette.errors import InputError, PalmetteError, VerifyError
-from palmette.graph import Candidate, Edit, Plan, candidates, capture, drop, linearize, load
+from palmette.graph import Candidate, Edit, Plan, candidates, capture, edits_of, load
+from palmette.graph.candidates import EDITS
 from palmette.registry import Bounds, Method
 from palmette.train.constraints import zeros_kept
 from palmette.train.loop import HealConfig, LossTerm, heal
@@ -31,14 +32,14 @@ SEED = 7
 
 
 class Specimen(nn.Module):
-    """A convolution, a residual block with a functional ReLU, and two MLP branches: something for every edit."""
+    """A convolution, a residual block with a functional ReLU, and three MLP branches: something for every edit."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Conv2d(1, 8, 3, padding=1)
         self.conv1, self.bn1 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
         self.conv2 = nn.Conv2d(8, 8, 3, padding=1)
-        self.mlps = nn.ModuleList(nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8)) for _ in range(2))
+        self.mlps = nn.ModuleList(nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8)) for _ in range(3))
         self.head = nn.Linear(8, 4)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, 1, 6, 6] -> [B, 4]
@@ -70,9 +71,11 @@ def _prepared(method: Method) -> tuple[fx.GraphModule, list[Candidate], DataLoad
     config = method.make_config()
     example = next(iter(loader))[0][:2]
     captured = capture(model, example)
-    found = [c for c in candidates(captured, example, kind=method.kind(config)) if c.pays]
+    kind = method.kind(config)
+    edit = method.edit if method.edit in EDITS[kind] else ""
+    found = [c for c in candidates(captured, example, kind=kind, edit=edit) if c.pays]
     if len(found) < 2:
-        raise VerifyError(f"the specimen has {len(found)} candidates of kind {method.kind(config)!r}, too few to rank")
+        raise VerifyError(f"the specimen has {len(found)} candidates of kind {kind!r}, too few to rank")
     if method.prepare is not None:
         keep(captured, method.name, method.prepare(captured, found, _lesson(loader), config, loader=loader, seed=SEED))
         captured.eval()
@@ -183,7 +186,7 @@ def _refuses(method: Method, options: dict[str, Any]) -> None:
 def _edits(method: Method, candidate: Candidate) -> list[Edit]:
     if method.edits is not None:
         return list(method.edits(candidate, method.make_config()))
-    return [linearize(site) if site.kind == "activation" else drop(site) for site in candidate.sites]
+    return edits_of(candidate)
 
 
 def plan_round_trip(method: Method) -> None:

@@ -3,8 +3,8 @@
 Idea: 1 - mean cosine between what enters and what leaves a block; a block near 0 passes its input on and can go.
 Paper: Men et al., "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect", 2024 (arXiv
 2403.03853); the same measure is used by Minitron. Differs: any block of equal input and output shape in the graph, not
-only transformer layers; a feature map counts as one vector per sample, whichever way its axes lie; padded tokens are
-left out.
+only transformer layers, or a run of such blocks as a whole; a feature map counts as one vector per sample, whichever
+way its axes lie; padded tokens are left out.
 Shapes: [batch, features], [batch, tokens, features] or [batch, ...]. Cost: one forward pass over the set per round,
 two sums per block.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, fx
@@ -21,12 +21,15 @@ from torch import Tensor, fx
 from palmette.errors import DataError
 from palmette.graph import Candidate, observe
 from palmette.graph.padding import MaskTap
-from palmette.registry import MethodConfig, method
+from palmette.registry import Bounds, MethodConfig, method
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockInfluenceConfig(MethodConfig):
-    """Block influence has nothing to choose."""
+    """Whether single blocks are ranked or runs of consecutive ones, and how many of these at most (spans only)."""
+
+    sites: Literal["block", "span"] = "block"
+    longest: Annotated[int, Bounds(low=2)] = 3
 
 
 class CosineMean:
@@ -82,7 +85,7 @@ def score(
     *,
     seed: int,  # noqa: ARG001
 ) -> dict[str, float]:
-    """1 - mean cosine between the input and output of each block, summed per candidate; low = remove first.
+    """1 - mean cosine between the input and output of each block or span; low = remove first.
 
     Raises DataError for an empty loader or features that are not finite.
     """

@@ -12,8 +12,8 @@ from torch import fx, nn
 
 from palmette import ranks
 from palmette.errors import DataError, InputError
-from palmette.graph import Candidate, Edit, Site, candidates, drop, find_sites, linearize
-from palmette.graph.candidates import is_protected
+from palmette.graph import Candidate, Edit, Site, candidates, edits_of, find_sites
+from palmette.graph.candidates import EDITS, is_protected
 from palmette.graph.inputs import Example, split_batch, with_batch
 from palmette.meter.table import CostTable
 from palmette.registry import Bounds, Method, MethodConfig
@@ -116,29 +116,32 @@ class Session:
         return example
 
     def pool(self, network: fx.GraphModule) -> list[Candidate]:
-        """What may be removed next: the candidates predicted to pay; under `reproduce` every activation left."""
-        kind = self.method.kind(self.config)
-        if self.settings.reproduce:
+        """What may be removed next: the candidates predicted to pay; under `reproduce` every one that is left."""
+        kind, paper = self.method.kind(self.config), self.settings.reproduce
+        if paper and kind == "activation":
             return [_alone(site) for site in find_sites(network, self.example) if self._open(site, kind)]
         found = candidates(
-            network, self.example, kind=kind, cost=self.table, pad=self.settings.pad, protect=self.protect
+            network,
+            self.example,
+            kind=kind,
+            edit=self.method.edit if self.method.edit in EDITS[kind] else "",
+            cost=self.table,
+            pad=self.settings.pad,
+            protect=self.protect,
+            longest=getattr(self.config, "longest", 1),
         )
-        return [candidate for candidate in found if candidate.pays]
+        return [c for c in found if c.pays or (paper and all(self._open(site, kind) for site in c.sites))]
 
     def _open(self, site: Site, kind: str) -> bool:
         possible = site.removable or kind == "activation"  # a linearisation can be forced, a drop cannot
         return site.kind == kind and possible and not is_protected(site.path, self.protect)
 
     def edits(self, candidate: Candidate) -> list[Edit]:
-        """The method's edit for every site of a candidate: its own, else drop for blocks, linearize for activations."""
+        """The method's edit for every site of a candidate: its own, else the one that the candidate was made for."""
         if self.method.edits is not None:
             return list(self.method.edits(candidate, self.config))
         paper = self.settings.reproduce
-        fit = "identity" if paper else getattr(self.config, "fit", "affine")
-        return [
-            linearize(site, fit=fit, force=paper) if site.kind == "activation" else drop(site)
-            for site in candidate.sites
-        ]
+        return edits_of(candidate, "identity" if paper else getattr(self.config, "fit", "affine"), force=paper)
 
     @property
     def heals(self) -> bool:

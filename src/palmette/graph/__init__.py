@@ -1,7 +1,7 @@
 """Capture, sites, plans, merging, proof and storage: networks as editable graphs."""
 
 from palmette.graph.affine import Affine
-from palmette.graph.candidates import Candidate, candidates
+from palmette.graph.candidates import Candidate, candidates, edits_of
 from palmette.graph.capture import capture, describe, is_captured, make_inputs
 from palmette.graph.collapse import CollapseRecord, MergeRecord, collapse
 from palmette.graph.dead import DeadRecord, remove_dead_channels
@@ -33,6 +33,7 @@ __all__ = [
     "cross_terms",
     "describe",
     "drop",
+    "edits_of",
     "find_sites",
     "fit_linear",
     "identity",

@@ -14,6 +14,7 @@ from palmette.graph.blocks import find_blocks
 from palmette.graph.gains import Gains
 from palmette.graph.linear_fit import fit_reason, linear_macs
 from palmette.graph.paths import Path, Reader
+from palmette.graph.plan import Edit, drop, fit_linear, identity, linearize, parallelize
 from palmette.graph.sites import (
     Site,
     Window,
@@ -222,6 +223,14 @@ class _Finder:
         positions = [self.order[n] for n in nodes]
         reach = (min(positions), max(positions) + 1) if positions else (0, 0)
         return Candidate(name, group, macs, saved, not reason, reason, self.edit, reach)
+
+
+def edits_of(candidate: Candidate, fit: str = "affine", *, force: bool = False) -> list[Edit]:
+    """The edits that do a candidate's removal, one for each of its sites; `fit` and `force` are for activations."""
+    if candidate.edit == "linearize":
+        return [linearize(site, fit=fit, force=force) for site in candidate.sites]
+    make = {"drop": drop, "fit_linear": fit_linear, "parallelize": parallelize, "identity": identity}[candidate.edit]
+    return [make(site) for site in candidate.sites]
 
 
 def is_protected(path: str, protect: Iterable[str]) -> bool:

@@ -227,6 +227,8 @@ def convolution_sites(gm: fx.GraphModule) -> list[Site]:
     sites = []
     for node in affine[1:-1]:
         source, rank = node.all_input_nodes[0], _rank(reader, node)
+        if node.op != "call_module" and not is_state(node.all_input_nodes[1]):
+            continue  # its weights are computed
         if source.meta["shape"] != node.meta["shape"] or (
             rank and any(s != 1 for s in conv_settings(gm, node, rank)[0])
         ):
