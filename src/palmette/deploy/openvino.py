@@ -16,7 +16,7 @@ from palmette.errors import ExportError
 from palmette.files import atomic_path
 from palmette.graph.inputs import Example, as_call, batch_size, tensors
 from palmette.meter.running import Flat, quiet, reason
-from palmette.meter.runtime_openvino import Compiled, core, from_program, openvino_compiled
+from palmette.meter.runtime_openvino import Compiled, core, fix_shapes, from_program, openvino_compiled
 
 _AUTO = torch.export.Dim.AUTO
 
@@ -45,7 +45,8 @@ def export_openvino(
         with quiet():
             openvino.save_model(converted, str(xml), compress_to_fp16=False)
         xml.with_suffix(".bin").replace(weights)
-        written = Compiled(openvino_compiled(core().read_model(str(xml), str(weights)), torch.get_num_threads()))
+        compiled = openvino_compiled(core().read_model(str(xml), str(weights)), torch.get_num_threads())
+        written = Compiled(compiled, input_names(prepared.inputs))
         return measure_parity(
             prepared.reference,
             written.outputs,
@@ -57,22 +58,19 @@ def export_openvino(
 
 
 def _convert(prepared: Prepared) -> Any:
-    """An OpenVINO model with named inputs and outputs, its inputs in the order of their tensors."""
+    """An OpenVINO model with named inputs and outputs; inputs that nothing reads are missing."""
     arguments = tuple(tensors(prepared.inputs))
     size = batch_size(prepared.inputs)
     axes = tuple({0: _AUTO} if t.dim() and t.shape[0] == size else None for t in arguments)
     with quiet():
         program = torch.export.export(Flat(prepared.model, prepared.inputs).eval(), arguments, dynamic_shapes=(axes,))
-    converted = from_program(program)
-    if len(converted.inputs) != len(arguments):
-        raise RuntimeError(f"the conversion kept {len(converted.inputs)} of {len(arguments)} inputs")
+    names = input_names(prepared.inputs)
+    converted = from_program(program, names)
     shapes = [
         [-1 if axis == 0 and marked else length for axis, length in enumerate(tensor.shape)]
         for tensor, marked in zip(arguments, axes, strict=True)
     ]
-    converted.reshape(dict(zip(converted.inputs, shapes, strict=True)))
-    for port, name in zip(converted.inputs, input_names(prepared.inputs), strict=True):
-        port.get_tensor().set_names({name})
+    fix_shapes(converted, names, shapes)
     for port, name in zip(converted.outputs, prepared.output_names or (), strict=False):
         port.get_tensor().set_names({name})
     return converted

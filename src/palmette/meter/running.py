@@ -119,8 +119,8 @@ def first_that_works(what: str, *attempts: Callable[[], Any]) -> Any:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """No warnings, logs or prints from inside the block."""
+def quiet() -> Iterator[io.StringIO]:
+    """No warnings, logs or prints from inside the block; gives what takes the prints."""
     level, log = logging.root.manager.disable, torch._C._jit_onnx_log
     sink = io.StringIO()
     with warnings.catch_warnings(), contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
@@ -128,7 +128,7 @@ def quiet() -> Iterator[None]:
         logging.disable(logging.CRITICAL)
         torch._C._jit_onnx_log = lambda *_: None  # the older exporter's log goes past Python's streams
         try:
-            yield
+            yield sink
         finally:
             logging.disable(level)
             torch._C._jit_onnx_log = log
@@ -138,19 +138,19 @@ def quiet() -> Iterator[None]:
 def silent() -> Iterator[Callable[[], list[str]]]:
     """Like `quiet`, and what compiled libraries write to the process's standard error is kept off it too.
 
-    Gives a function that returns the lines held back so far.
+    Gives a function that returns the lines held back so far: those of compiled libraries, then those of Python.
     """
     sys.stderr.flush()
     kept = os.dup(2)
-    with tempfile.TemporaryFile() as held:
+    with tempfile.TemporaryFile() as held, quiet() as sink:
 
         def said() -> list[str]:
-            return os.pread(held.fileno(), 100_000, 0).decode(errors="replace").splitlines()
+            written = os.pread(held.fileno(), 100_000, 0).decode(errors="replace")
+            return [*written.splitlines(), *sink.getvalue().splitlines()]
 
         try:
             os.dup2(held.fileno(), 2)
-            with quiet():
-                yield said
+            yield said
         finally:
             os.dup2(kept, 2)
             os.close(kept)

@@ -30,12 +30,19 @@ def core() -> Any:
     return optional("openvino", package="palmette[openvino]").Core()
 
 
-def from_program(program: torch.export.ExportedProgram) -> Any:
-    """An OpenVINO model of an exported program; axes that are symbols there stay dynamic. Raises what OpenVINO does."""
+def from_program(program: torch.export.ExportedProgram, names: list[str]) -> Any:
+    """An OpenVINO model of an exported program, its inputs called `names`; those that nothing reads may be missing.
+
+    Axes that are symbols in the program stay dynamic. Raises what OpenVINO raises.
+    """
     from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
 
     with quiet():
-        return _converted(TorchFXPythonDecoder.from_exported_program(program))
+        converted = _converted(TorchFXPythonDecoder.from_exported_program(program))
+    called = dict(zip(program.graph_signature.user_inputs, names, strict=True))
+    for port in converted.inputs:
+        port.get_tensor().set_names({called[name] for name in port.get_names() if name in called})
+    return converted
 
 
 def _converted(decoder: Any) -> Any:
@@ -51,25 +58,35 @@ def _traced(model: nn.Module, arguments: tuple[Tensor, ...]) -> Any:
     with quiet(), torch.no_grad():
         warnings.simplefilter("error", TracerWarning)  # a value that became a constant
         trace = torch.jit.trace(model, arguments, check_trace=False)
-        return _converted(TorchScriptPythonDecoder(trace))
+        converted = _converted(TorchScriptPythonDecoder(trace))
+    for port, name in zip(converted.inputs, _numbered(len(arguments)), strict=True):
+        port.get_tensor().set_names({name})
+    return converted
+
+
+def _numbered(count: int) -> list[str]:
+    return [f"in{i}" for i in range(count)]
 
 
 def _exported(model: nn.Module, arguments: tuple[Tensor, ...]) -> Any:
     with quiet():
         program = torch.export.export(model, arguments)
-    return from_program(program)
+    return from_program(program, _numbered(len(arguments)))
 
 
 def to_openvino(models: list[nn.Module], inputs: Any, *, fast: bool = False) -> list[Any]:
     """OpenVINO models at the shapes of `inputs`, all by the same way so that they compare.
 
-    Their inputs are the tensors of `inputs` in order. fast: by a trace (some 0.2 s, not 2 s) where that can do all of
-    them and follows every value. Raises ExportError when a model does not convert.
+    Their inputs are called in0, in1, ... in the order of `tensors(inputs)`. fast: by a trace (some 0.2 s, not 2 s)
+    where that can do all of them and follows every value. Raises ExportError when a model does not convert.
     """
     arguments = tuple(tensors(inputs))
 
     def by(convert: Any) -> list[Any]:
-        return [_fixed(convert(Flat(model, inputs).eval(), arguments), arguments) for model in models]
+        found = [convert(Flat(model, inputs).eval(), arguments) for model in models]
+        for converted in found:
+            fix_shapes(converted, _numbered(len(arguments)), [list(tensor.shape) for tensor in arguments])
+        return found
 
     with evaluating(*models):
         attempts = [functools.partial(by, convert) for convert in ((_traced, _exported) if fast else (_exported,))]
@@ -77,13 +94,10 @@ def to_openvino(models: list[nn.Module], inputs: Any, *, fast: bool = False) -> 
     return found
 
 
-def _fixed(converted: Any, arguments: tuple[Tensor, ...]) -> Any:
-    """`converted` at the shapes of the arguments: a static graph is planned better."""
-    if len(converted.inputs) != len(arguments):
-        raise ExportError(_CANNOT, why=f"it kept {len(converted.inputs)} of {len(arguments)} inputs")
-    shapes = {port: list(tensor.shape) for port, tensor in zip(converted.inputs, arguments, strict=True)}
-    converted.reshape(shapes)
-    return converted
+def fix_shapes(converted: Any, names: list[str], shapes: list[list[int]]) -> None:
+    """Give the inputs of these names these shapes, -1 where an axis stays dynamic: a static graph is planned better."""
+    given = dict(zip(names, shapes, strict=True))
+    converted.reshape({port: given[port.any_name] for port in converted.inputs})
 
 
 def openvino_compiled(model: Any, threads: int, precision: str = "float32") -> Any:
@@ -108,28 +122,36 @@ def openvino_compiled(model: Any, threads: int, precision: str = "float32") -> A
 
 
 class Compiled:
-    """A network that OpenVINO has compiled; it takes its inputs in the order of their tensors."""
+    """A network that OpenVINO has compiled.
 
-    def __init__(self, compiled: Any) -> None:
-        self.compiled = compiled
+    names: what the tensors of an input are called there, in their order; some may be missing. None: it has all of them,
+    in order. Raises InputError for another number of tensors.
+    """
+
+    def __init__(self, compiled: Any, names: list[str] | None = None) -> None:
+        self.compiled, self.names = compiled, names
 
     def bind(self, inputs: Any) -> Runner:
         """A pass over arrays that are handed over once: handing them over costs as much as a small network."""
         tensor_of = optional("openvino", package="palmette[openvino]").Tensor
         request = self.compiled.create_infer_request()
-        arrays = _arrays(inputs)  # kept by the pass below, because the request does not
+        arrays = self._arrays(inputs)  # kept by the pass below, because the request does not
         for index, array in enumerate(arrays):
             request.set_input_tensor(index, tensor_of(array, shared_memory=True))
         return lambda _=arrays: request.infer(share_outputs=True)  # type: ignore[misc]
 
     def outputs(self, inputs: Any) -> list[Tensor]:
         """Every output in order."""
-        found = self.compiled.create_infer_request().infer(_arrays(inputs))
+        found = self.compiled.create_infer_request().infer(self._arrays(inputs))
         return [torch.from_numpy(found[port].copy()) for port in self.compiled.outputs]
 
-
-def _arrays(inputs: Any) -> list[Any]:
-    return [tensor.detach().cpu().contiguous().numpy() for tensor in tensors(inputs)]
+    def _arrays(self, inputs: Any) -> list[Any]:
+        given = [tensor.detach().cpu().contiguous().numpy() for tensor in tensors(inputs)]
+        called = [port.any_name for port in self.compiled.inputs]
+        names = called if self.names is None else self.names
+        if len(given) != len(names):
+            raise InputError(f"The network takes the inputs {names}, and {len(given)} tensors were given")
+        return [given[names.index(name)] for name in called]
 
 
 def _read(graph: bytes, inputs: Any) -> Any:
@@ -138,19 +160,25 @@ def _read(graph: bytes, inputs: Any) -> Any:
         model = core().read_model(graph)
     except RuntimeError as error:
         raise ExportError("OpenVINO does not read this ONNX graph", why=reason(error)) from error
+    names = [port.any_name for port in model.inputs]
     given = tensors(inputs)
-    if len(model.inputs) != len(given):
-        names = [port.any_name for port in model.inputs]
+    if len(given) != len(names):
         raise InputError(f"The ONNX graph takes the inputs {names}, and {len(given)} tensors were given")
-    return _fixed(model, tuple(given))
+    fix_shapes(model, names, [list(tensor.shape) for tensor in given])
+    return model
 
 
 def _load(models: list[nn.Module], inputs: Any, threads: int, fast: bool, precision: str) -> list[Loaded]:
     core()
     plain = [model for model in models if not isinstance(model, Packed)]
     converted = iter(to_openvino(plain, inputs, fast=fast))
-    graphs = [_read(m.content, inputs) if isinstance(m, Packed) else next(converted) for m in models]
-    return [Compiled(openvino_compiled(graph, threads, precision)) for graph in graphs]
+    names = _numbered(len(tensors(inputs)))
+    return [
+        Compiled(openvino_compiled(_read(model.content, inputs), threads, precision))
+        if isinstance(model, Packed)
+        else Compiled(openvino_compiled(next(converted), threads, precision), names)
+        for model in models
+    ]
 
 
 def need_bfloat16() -> None:
