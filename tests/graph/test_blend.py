@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from palmette.errors import PlanError
 from palmette.graph import Plan, capture, drop, find_sites, linearize
-from palmette.graph.blend import Blend, Line, Share, blends, insert_blends, line_of, remove_blends
+from palmette.graph.blend import Blend, Share, blends, insert_blends, remove_blends
 
 
 class _Post(nn.Module):
@@ -69,9 +69,7 @@ def test_the_mix_is_the_one_written_by_hand(shares):
     stem, first, first_out, second, second_out = paths(network, "activation")
     blocks = paths(network, "block")
     sites = [stem, first, first_out, blocks[0], second, second_out, blocks[1]]
-    insert_blends(
-        network, {path: Blend(share=Share(s)) for path, s in zip(reversed(sites), reversed(shares), strict=True)}
-    )
+    insert_blends(network, {path: Blend(Share(s)) for path, s in zip(reversed(sites), reversed(shares), strict=True)})
 
     def mix(share: float, z: Tensor, y: Tensor) -> Tensor:
         return share * z + (1 - share) * y
@@ -88,33 +86,41 @@ def test_the_mix_is_the_one_written_by_hand(shares):
 
 def test_at_share_one_it_is_the_edited_network(network, x):
     inner, block = paths(network, "activation")[1], paths(network, "block")[1]
-    plan = Plan([linearize(inner, force=True), drop(block)]).fit(network, [x], x[:2])
+    plan = Plan([linearize(inner, fit="identity", force=True), drop(block)])
     edited = plan.apply(network, x[:2], pad="exact")
-    insert_blends(network, {edit.site: Blend(line_of(network, edit), Share(1.0)) for edit in plan})
+    insert_blends(network, {edit.site: Blend(Share(1.0)) for edit in plan})
     torch.testing.assert_close(network(x), edited(x))
 
 
-def test_an_unfitted_edit_and_an_unknown_site_are_refused(network):
-    inner = paths(network, "activation")[1]
-    with pytest.raises(PlanError, match="no slopes"):
-        line_of(network, linearize(inner))
+def test_unknown_sites_are_refused_and_the_graph_is_untouched(network):
     code = network.code
     with pytest.raises(PlanError, match="No site is called 'nothing'"):
-        insert_blends(network, {inner: Blend(), "nothing": Blend()})
+        insert_blends(network, {paths(network, "activation")[1]: Blend(), "nothing": Blend()})
     assert network.code == code
+
+
+def test_some_blends_may_be_taken_out_and_others_stay(network, x):
+    inner, block = paths(network, "activation")[1], paths(network, "block")[0]
+    insert_blends(network, {inner: Blend(Share(0.5))})
+    expected, code = network(x), network.code
+    insert_blends(network, {block: Blend(Share(0.5))})
+    remove_blends(network, [block, "nothing"])
+    assert set(blends(network)) == {inner}
+    assert network.code == code
+    assert torch.equal(network(x), expected)
 
 
 def test_a_site_is_blended_once_and_further_ones_may_follow(network, x):
     inner, block = paths(network, "activation")[1], paths(network, "block")[0]
     code = network.code
-    insert_blends(network, {block: Blend(share=Share(0.5))})
-    insert_blends(network, {inner: Blend(share=Share(0.5))})
+    insert_blends(network, {block: Blend(Share(0.5))})
+    insert_blends(network, {inner: Blend(Share(0.5))})
     with pytest.raises(PlanError, match="blended already"):
         insert_blends(network, {inner: Blend()})
     after = network(x)
     remove_blends(network)
     assert network.code == code
-    insert_blends(network, {inner: Blend(share=Share(0.5)), block: Blend(share=Share(0.5))})
+    insert_blends(network, {inner: Blend(Share(0.5)), block: Blend(Share(0.5))})
     assert torch.equal(network(x), after)
 
 
@@ -147,14 +153,14 @@ def test_a_share_learns_faster_by_the_square_of_its_gain(gain):
 def test_sites_may_have_one_share_between_them(network, x):
     first, _, second = paths(network, "activation")[:3]
     share, known = Share(0.3), len(list(network.parameters()))
-    insert_blends(network, {first: Blend(share=share), second: Blend(share=share)})
+    insert_blends(network, {first: Blend(share), second: Blend(share)})
     assert len(list(network.parameters())) == known + 1
     network(x).square().sum().backward()
     whole = float(share.parameter.grad)
     parts = []
     for path in (first, second):
         remove_blends(network)
-        apart = {p: Blend(share=Share(0.3)) for p in (first, second)}
+        apart = {p: Blend(Share(0.3)) for p in (first, second)}
         insert_blends(network, apart)
         network(x).square().sum().backward()
         parts.append(float(apart[path].share.parameter.grad))
@@ -164,8 +170,8 @@ def test_sites_may_have_one_share_between_them(network, x):
 def test_modules_take_on_mode_and_dtype(network):
     inner = paths(network, "activation")[1]
     network.double().train()
-    insert_blends(network, {inner: Blend(Line(torch.ones(6), torch.zeros(6), axis=1))})
+    insert_blends(network, {inner: Blend()})
     (blend,) = blends(network).values()
     assert blend.training
-    assert blend.line.slope.dtype == torch.float64
+    assert blend.share.parameter.dtype == torch.float64
     assert network(torch.randn(2, 2, 6, 6, dtype=torch.float64)).dtype == torch.float64

@@ -1,4 +1,4 @@
-"""Blend sites of a captured graph during training: what goes on is a mix of a site's output and its replacement.
+"""Blend sites of a captured graph during training: what goes on is a mix of a site's input and output.
 
 The modules sit in the graph itself, so that they train, checkpoint and move with the network, and leave no trace once
 they are taken out. A learnt mix is Layer Folding (Ben Dror et al., BMVC 2022); a mix that moves by a schedule is a
@@ -10,7 +10,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,49 +18,8 @@ from palmette.errors import PlanError
 from palmette.graph.activations import find_activations
 from palmette.graph.blocks import find_blocks
 from palmette.graph.ops import module_of
-from palmette.graph.sites import site_axis
-
-if TYPE_CHECKING:
-    from palmette.graph.plan import Edit
 
 _MARK = "blend"  # node metadata: the path of the site that the node blends
-
-
-class Line(nn.Module):
-    """`slope * z + offset` with one number each per channel of `axis`, or z itself; what may replace an activation."""
-
-    slope: Tensor | None
-    offset: Tensor | None
-
-    def __init__(self, slope: Tensor | None = None, offset: Tensor | None = None, axis: int = -1) -> None:
-        super().__init__()
-        self.axis = axis
-        self.register_buffer("slope", None if slope is None else slope.detach().clone())
-        self.register_buffer("offset", None if offset is None else offset.detach().clone())
-
-    def forward(self, z: Tensor) -> Tensor:
-        """[batch, ...] -> the same shape."""
-        if self.slope is None or self.offset is None:
-            return z
-        shape = [1] * z.dim()
-        shape[self.axis] = -1
-        return z * self.slope.view(shape) + self.offset.view(shape)
-
-
-def line_of(gm: fx.GraphModule, edit: Edit) -> Line:
-    """What a fitted edit puts in place of its site: the line of a linearisation, the input itself for a drop.
-
-    Raises PlanError when the edit is not fitted or names an activation that is not there.
-    """
-    if not edit.fitted:
-        raise PlanError(f"The edit of '{edit.site}' has no slopes yet", fix="Call plan.fit(model, loader) first.")
-    if edit.slope is None or edit.offset is None:
-        return Line()
-    activation = next((a for a in find_activations(gm) if a.path == edit.site), None)
-    if activation is None:
-        raise _no_site(edit.site)
-    slope, offset = (torch.tensor(values, dtype=torch.float64) for values in (edit.slope, edit.offset))
-    return Line(slope, offset, site_axis(gm, activation))
 
 
 class Share(nn.Module):
@@ -79,9 +37,10 @@ class Share(nn.Module):
     def forward(self) -> Tensor:
         """The share, a scalar."""
         if self.training:
-            with torch.no_grad():  # a projection, so that a share that fell below 0 still feels its gradient
-                self.parameter.clamp_(min=0)
-        return self.gain * self.parameter
+            # A projection, so that a share that fell below 0 still feels its gradient. Not seen by autograd: a second
+            # call in the same pass changes nothing.
+            self.parameter.data.clamp_(min=0)
+        return self.gain * self.parameter.clamp(min=0)
 
     def extra_repr(self) -> str:
         """The present share, for printing."""
@@ -89,20 +48,19 @@ class Share(nn.Module):
 
 
 class Blend(nn.Module):
-    """`share * line(z) + (1 - share) * y` of a site's input z and output y.
+    """`share * z + (1 - share) * y` of a site's input z and output y.
 
-    At share 0 the network is as it was, at 1 as if the site were replaced by the line.
+    At share 0 the network is as it was, at 1 as if the activation were the identity, or the block dropped.
     """
 
-    def __init__(self, line: Line | None = None, share: Share | None = None) -> None:
+    def __init__(self, share: Share | None = None) -> None:
         super().__init__()
-        self.line = line or Line()
         self.share = share or Share()
 
     def forward(self, before: Tensor, after: Tensor) -> Tensor:
         """The mix of the site's input and output, of their shape."""
         share = self.share().to(after.dtype)
-        return share * self.line(before) + (1 - share) * after  # type: ignore[no-any-return]
+        return share * before + (1 - share) * after  # type: ignore[no-any-return]
 
 
 def insert_blends(gm: fx.GraphModule, targets: Mapping[str, nn.Module]) -> None:
