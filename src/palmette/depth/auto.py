@@ -25,7 +25,7 @@ from palmette.depth.knapsack import Item, front
 from palmette.depth.options import Option, find_options
 from palmette.depth.probe import Probes
 from palmette.depth.rounds import Round, Search, target_ms
-from palmette.depth.session import Session
+from palmette.depth.session import Calibration, Session
 from palmette.errors import InputError
 from palmette.graph import Candidate, Plan, edits_of
 from palmette.graph.capture import example_of
@@ -136,11 +136,12 @@ def explore(session: Session, say: Callable[[str], None]) -> tuple[list[tuple[Op
 def importance(session: Session, options: Sequence[Option], config: AutoConfig) -> dict[str, float | None]:
     """The divergence of each option done alone, journaled one by one; None for those that cannot be done."""
     classes = is_cross_entropy(session.loss_fn)
-    reference = Reference.of(session.dense, session.val, config.batches, classes=classes)
-    local = None
+    seed, local = session.settings.seed, None
+    compared = Calibration(session.val, config.batches, seed)  # the same batches when the run is resumed
+    reference = Reference.of(session.dense, compared, config.batches, classes=classes)
     if config.importance == "healed":
-        seed = session.settings.seed
-        local = LocalHealing.of(session.train, config.steps, session.heal, seed, session.loss_fn)
+        lessons = Calibration(session.train, config.steps, seed)
+        local = LocalHealing.of(lessons, config.steps, session.heal, seed, session.loss_fn)
     measure = partial(
         trial,
         dense=session.dense,
@@ -154,7 +155,7 @@ def importance(session: Session, options: Sequence[Option], config: AutoConfig) 
         {option.key: option.plan.to_json() for option in options},
         journal=session.run.path("importance"),
         ray=session.ray,
-        seed=session.settings.seed,
+        seed=seed,
         label="importance",
     )
     return {key: None if isinstance(value, str) else max(float(value), 0.0) for key, value in found.items()}

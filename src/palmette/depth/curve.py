@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning_fabric import Fabric
 from torch import nn
 
+from palmette import ranks
 from palmette.depth.accounts import Contender, account, side_by_side
 from palmette.depth.auto import explore, whole_cost
 from palmette.depth.branch import dense_again
@@ -33,6 +35,7 @@ from palmette.meter.table import CostTable
 from palmette.registry import MethodConfig
 from palmette.report.front import render_front
 from palmette.train.loop import HealConfig
+from palmette.train.spread import Spread
 
 Say = Callable[[str], None]
 
@@ -78,6 +81,10 @@ def curve(
     calibration_batches: int | None = 32,
     controls: bool = True,
     seed: int = 0,
+    devices: int = 1,
+    nodes: int = 1,
+    fabric: Fabric | None = None,
+    ray: str | None = None,
     names: dict[str, str] | None = None,
     say: Say | None = None,
 ) -> CurveResult:
@@ -115,8 +122,9 @@ def curve(
         names=names or {},
         verb="curve",
         more={"points": points, "width": list(width), "int8": int8},
+        spread=Spread(devices=devices, nodes=nodes, fabric=fabric, ray=ray),
     ) as session:
-        return _run(session, points, tuple(width), int8, say or _silent)
+        return _run(session, points, tuple(width), int8, say if say and ranks.leads() else _silent)
 
 
 def _silent(_: str) -> None:
@@ -225,7 +233,7 @@ def _written(
             "cost_runtime": session.table.runtime,
         }
         write_json(folder / "figures.json", figures)
-        report = render_front(folder)
+        report = Path(ranks.from_first(lambda: str(render_front(folder))))
     networks = {variant.name: variant.network for variant in variants}
     return CurveResult(
         rows=rows,

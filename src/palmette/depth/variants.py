@@ -47,6 +47,7 @@ def narrowed(session: Session, network: nn.Module, ratio: float, label: str) -> 
             seed=session.settings.seed,
             checkpoint=session.run.path(f"{label}-checkpoint.safetensors"),
             label=label,
+            fabric=session.trainer,
         )
         save_checkpoint(file, model_tensors(small), {"label": label})
         return True
