@@ -79,7 +79,7 @@ def test_an_onnx_graph_is_read_as_it_is() -> None:
     torch.testing.assert_close(found, model(x).detach(), rtol=1e-4, atol=1e-5)
     with pytest.raises(InputError, match="2 tensors were given"):
         load({"m": OnnxModel(graph)}, (x, x), "openvino", 1)
-    with pytest.raises(ExportError, match="does not read this ONNX graph"):
+    with pytest.raises(ExportError, match="does not read this network"):
         load({"m": OnnxModel(b"no graph")}, x, "openvino", 1)
 
 

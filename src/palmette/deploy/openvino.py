@@ -16,7 +16,7 @@ from palmette.errors import ExportError
 from palmette.files import atomic_path
 from palmette.graph.inputs import Example, as_call, batch_size, tensors
 from palmette.meter.running import Flat, quiet, reason
-from palmette.meter.runtime_openvino import Compiled, core, fix_shapes, from_program, openvino_compiled
+from palmette.meter.runtime_openvino import Compiled, fix_shapes, from_program, openvino_compiled, read_model
 
 _AUTO = torch.export.Dim.AUTO
 
@@ -45,7 +45,7 @@ def export_openvino(
         with quiet():
             openvino.save_model(converted, str(xml), compress_to_fp16=False)
         xml.with_suffix(".bin").replace(weights)
-        compiled = openvino_compiled(core().read_model(str(xml), str(weights)), torch.get_num_threads())
+        compiled = openvino_compiled(read_model(str(xml), str(weights)), torch.get_num_threads())
         written = Compiled(compiled, input_names(prepared.inputs))
         return measure_parity(
             prepared.reference,

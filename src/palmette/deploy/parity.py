@@ -70,8 +70,8 @@ class Parity:
         top1 = "" if self.top1_agreement is None else f", top-1 agreement {100 * self.top1_agreement:.2f} %"
         snr = f", SNR {self.snr_db:.1f} dB" if math.isfinite(self.snr_db) else ""
         error = f"max relative error {self.relative_error:.1e}{snr}" if self.relative_error else "no difference"
-        sizes = ", ".join(map(str, self.batches))
-        return f"{self.runtime}: {error}{top1} ({self.samples} samples, batch sizes {sizes})"
+        sizes = f"batch size{'s' if len(self.batches) > 1 else ''} {', '.join(map(str, self.batches))}"
+        return f"{self.runtime}: {error}{top1} ({self.samples} samples, {sizes})"
 
 
 def random_like(inputs: Example, seed: int) -> Any:

@@ -136,6 +136,11 @@ def _collect(loader: Iterable[Any], example_inputs: Example, samples: int) -> li
     return found
 
 
+def _samples(real: list[Any]) -> Iterator[Any]:
+    for inputs in real:
+        yield from (one_sample(inputs, index) for index in range(batch_size(inputs)))
+
+
 class _Reader:
     """Calibration batches as ONNX Runtime's quantiser reads them."""
 
@@ -155,7 +160,7 @@ def _by_onnxruntime(model: nn.Module, example_inputs: Example, real: list[Any], 
         plain, ready, done = (Path(folder, f"{name}.onnx") for name in ("plain", "ready", "done"))
         export_onnx(model, example_inputs, plain, batches=real)
         session = onnx_session(plain.read_bytes(), torch.get_num_threads())
-        feeds = (feeds_by_order(session, inputs) for inputs in real)
+        feeds = (feeds_by_order(session, one) for one in _samples(real))  # its histograms want batches of one size
         try:
             with quiet():
                 shapes.quant_pre_process(str(plain), str(ready))
@@ -190,9 +195,8 @@ def _by_executorch(model: nn.Module, example_inputs: Example, real: list[Any], c
         with quiet(), torch.no_grad():
             graph = torch.export.export(Flat(prepared.model, one).eval(), arguments).module()
             observed = flow.prepare_pt2e(graph, quantizer)
-            for inputs in real:
-                for index in range(batch_size(inputs)):
-                    observed(*tensors(one_sample(inputs, index)))
+            for inputs in _samples(real):
+                observed(*tensors(inputs))
             converted = flow.convert_pt2e(observed)
             return PteModel(lowered(parts, torch.export.export(converted, arguments)), "int8")
     except Exception as error:  # torch.export, torchao and ExecuTorch raise whatever they like

@@ -154,12 +154,17 @@ class Compiled:
         return [given[names.index(name)] for name in called]
 
 
+def read_model(*content: bytes | str) -> Any:
+    """The OpenVINO model in an ONNX graph's bytes, or in the files of an IR (.xml and .bin). Raises ExportError."""
+    try:
+        return core().read_model(*content)
+    except RuntimeError as error:
+        raise ExportError("OpenVINO does not read this network", why=reason(error)) from error
+
+
 def _read(graph: bytes, inputs: Any) -> Any:
     """An ONNX graph in OpenVINO, at the shapes of `inputs`. Raises InputError for inputs that are not the graph's."""
-    try:
-        model = core().read_model(graph)
-    except RuntimeError as error:
-        raise ExportError("OpenVINO does not read this ONNX graph", why=reason(error)) from error
+    model = read_model(graph)
     names = [port.any_name for port in model.inputs]
     given = tensors(inputs)
     if len(given) != len(names):
