@@ -17,8 +17,14 @@ import pytest
 import torch
 from torch import nn
 
+from palmette.depth.auto import search
+from palmette.depth.battery import specimen
+from palmette.depth.opening import Loaders, opened
+from palmette.depth.session import Settings
 from palmette.errors import MissingDependency, RefusedEdit, RunError
 from palmette.graph import capture
+from palmette.train import HealConfig
+from palmette.train.spread import Spread
 from palmette.trials import Journal, connect, run_trials
 
 JOB = Path(__file__).with_name("trials_job.py")
@@ -104,6 +110,43 @@ def test_captured_networks_travel(job, where, tmp_path) -> None:
         assert found[key] == network(inputs).flatten().tolist()
 
 
+def test_auto_finds_the_same_plan_on_ray(ray, tmp_path) -> None:
+    here, there = (found_by_auto(tmp_path / str(where), where) for where in (None, "local"))
+    assert there == here
+    assert len(here["table"]) > 3
+    assert len(json.loads(here["plan"])["edits"]) > 0
+
+
+def found_by_auto(folder: Path, where: str | None) -> dict:
+    """The importance table of `auto`, the front, and the plan of the point that it heals."""
+    model, loader = specimen()
+    with opened(
+        Loaders(loader, loader),
+        model=model,
+        example_inputs=None,
+        method="auto",
+        config=None,
+        settings=Settings(max_drop=100.0, rounds=1),
+        heal=HealConfig(epochs=1, lr=1e-3),
+        run_dir=folder,
+        resume=False,
+        cost="macs",
+        protect=(),
+        loss_fn=None,
+        metric=None,
+        names={},
+        spread=Spread(ray=where),
+    ) as session:
+        found = search(session, {"accuracy": 1.0}, lambda _: None)
+        table = {file.name: file.read_bytes() for file in session.run.path("importance").iterdir()}
+        return {
+            "table": table,
+            "plan": found.branch.at(found.winner).plan.to_json(),
+            "scores": found.first_scores,
+            "rounds": [entry.to_dict() for entry in found.rounds],
+        }
+
+
 # ---- Ray alone -------------------------------------------------------------------------------------------------------
 
 
@@ -143,20 +186,21 @@ def test_a_driver_killed_in_the_middle_goes_on_with_what_is_missing(job, ray, tm
 # ---- the journal -----------------------------------------------------------------------------------------------------
 
 
-def test_an_interrupted_process_goes_on_with_what_is_missing(job, tmp_path) -> None:
-    journal, log = tmp_path / "journal", tmp_path / "log"
-    with subprocess.Popen([sys.executable, str(JOB), str(journal), str(log)], stderr=subprocess.PIPE) as driver:
-        deadline = time.monotonic() + 120
-        while len(list(journal.glob("[!.]*.json"))) < 2 and time.monotonic() < deadline:
-            time.sleep(0.02)
-        driver.send_signal(signal.SIGINT)
-        _, said = driver.communicate()
-    assert b"KeyboardInterrupt" in said
-    kept = len(list(journal.glob("[!.]*.json")))
-    assert 2 <= kept < 6
-    log.unlink()
-    run_trials(partial(job.draw, log=str(log)), job.ITEMS, journal=journal)
-    assert len(log.read_text().split()) == 6 - kept
+def test_an_interrupted_search_goes_on_with_what_is_missing(tmp_path) -> None:
+    done: list[int] = []
+    stops = iter([True])
+
+    def trial(item: int) -> int:
+        if item == 3 and next(stops, False):
+            raise KeyboardInterrupt
+        done.append(item)
+        return item
+
+    items = {str(number): number for number in range(6)}
+    with pytest.raises(KeyboardInterrupt):
+        run_trials(trial, items, journal=tmp_path)
+    assert run_trials(trial, items, journal=tmp_path) == items
+    assert done == [0, 1, 2, 3, 4, 5]
 
 
 def test_names_that_look_alike_have_files_of_their_own(tmp_path) -> None:

@@ -141,6 +141,50 @@ def test_timings_of_one_process_decide(command) -> None:
     assert json.loads((command.folder / "timed" / "cost_table.json").read_text())["entries"]
 
 
+@pytest.fixture(scope="module")
+def searched(command) -> str:
+    """What `auto` printed in one process."""
+    return command.run("auto", "--cost", "macs", "--method", "auto")
+
+
+def table(run: Path) -> dict[str, bytes]:
+    """The importance table of a run."""
+    return {file.name: file.read_bytes() for file in (run / "importance").iterdir()}
+
+
+@pytest.mark.parametrize("options", [["--devices", "2"], ["--ray", "local"]])
+def test_auto_finds_the_same_table_and_plan_over_processes_and_on_ray(command, searched, options) -> None:
+    if "--ray" in options:
+        pytest.importorskip("ray", reason="ray is not installed")
+    name = f"auto{options[0]}"
+    printed = command.run(name, "--cost", "macs", "--method", "auto", *options, "--rounds", "1")
+    assert printed.count("round 1:") == 1, printed
+    for noise in ("Traceback", "Warning", "INFO", "ray::"):
+        assert noise not in printed
+    assert table(command.folder / name) == table(command.folder / "auto")
+    first = [json.loads((command.folder / run / "stages" / "probe-000.json").read_text()) for run in ("auto", name)]
+    assert first[0] == first[1]
+    choices = [command.folder / run / "stages" / "auto-000-000-choice.json" for run in ("auto", name)]
+    assert choices[0].read_bytes() == choices[1].read_bytes()
+
+
+def test_an_interrupted_search_goes_on_from_its_table(command, searched) -> None:
+    run = command.folder / "interrupted"
+    process = command.start("interrupted", "--cost", "macs", "--method", "auto")
+    deadline = time.monotonic() + 300
+    while len(list(run.glob("importance/[!.]*"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=120)
+    kept = {file.name: file.stat().st_mtime_ns for file in run.glob("importance/[!.]*")}
+    assert len(kept) >= 3
+    command.run("interrupted", "--cost", "macs", "--method", "auto", "--resume")
+    assert {name: (run / "importance" / name).stat().st_mtime_ns for name in kept} == kept
+    assert table(run) == table(command.folder / "auto")
+    assert command.plan("interrupted") == command.plan("auto")
+    assert command.weights("interrupted") == command.weights("auto")
+
+
 def test_networks_that_differ_are_refused_once(command) -> None:
     printed = command.run("unseeded", "--cost", "macs", "--devices", "2", code=2, network="unseeded")
     assert printed.count("The processes were started for different runs: another network") == 1, printed
