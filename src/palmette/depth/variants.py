@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from torch import fx, nn
 
+from palmette import ranks
 from palmette.depth.accounts import Contender, static
 from palmette.depth.session import Session
 from palmette.train.checkpoint import load_checkpoint, load_model_tensors, model_tensors, save_checkpoint
@@ -70,7 +73,10 @@ def quantised(session: Session, rows: Sequence[Contender], say: Say) -> list[Con
             continue
         say(f"quantising {row.name} to 8 bits")
         file = session.run.path(f"{row.name.replace(' ', '-').replace(',', '').replace('-%', '')}.int8.onnx")
-        quantised = quantize_int8(row.network, session.example, session.calibration, file)
+        first = ranks.leads()  # of several processes each makes its own, and the first one's stays
+        with ranks.alone(), tempfile.TemporaryDirectory() as own:
+            target = file if first else Path(own) / file.name
+            quantised = quantize_int8(row.network, session.example, session.calibration, target)
         costs = static(session, row.network)
         found.append(replace(row, name=f"{row.name}, int8", network=quantised.model, int8=True, costs=costs))
     return found
