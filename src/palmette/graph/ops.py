@@ -152,9 +152,15 @@ def is_state(node: fx.Node) -> bool:
 
 
 def is_transparent(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether the node returns its only input unchanged in eval mode (dropout, stochastic depth, identity, copies)."""
+    """Whether the node returns its only input unchanged in eval mode (dropout, stochastic depth, identity, copies).
+
+    A cast to the type that its input has is one of these.
+    """
     if node.op == "call_module":
         return bool(node.meta.get("transparent")) or isinstance(module_of(gm, node), (nn.Identity, *DROPOUTS))
+    if op_name(node) == "to":
+        dtype = node.meta.get("dtype")
+        return dtype is not None and dtype == node.all_input_nodes[0].meta.get("dtype")
     return op_name(node) in {"contiguous", "clone", "alias", "detach"} and len(node.args) == 1 and not node.kwargs
 
 
