@@ -15,7 +15,7 @@ from palmette.cli import main
 from palmette.cli.app import app
 from palmette.models import build
 
-COMMANDS = ["demo", "shrink", "sites", "measure", "collapse", "export", "report", "methods"]
+COMMANDS = ["demo", "shrink", "curve", "sites", "measure", "collapse", "export", "report", "methods"]
 
 SOURCE = """
 import torch

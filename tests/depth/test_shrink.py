@@ -20,7 +20,8 @@ from palmette.train.loop import HealConfig
 
 
 def _run(trained, blobs, quick, **options):
-    settings = {"cost": "macs", "heal": quick, "max_drop": 100.0, "controls": False, "rounds": 2} | options
+    settings = {"cost": "macs", "heal": quick, "max_drop": 100.0, "controls": False, "rounds": 2, "method": "easier"}
+    settings |= options
     return shrink(trained, blobs.train, blobs.val, blobs.test, **settings)
 
 
@@ -149,7 +150,7 @@ def test_where_nothing_pays_the_dense_network_comes_back(blobs, quick) -> None:
     widths = ((8, 8), (8, 2), (2, 8), (8, 4))  # one Linear 8-8 would cost more than 8-2-8
     layers = [nn.Linear(*pair) for pair in widths]
     bottleneck = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), layers[1], nn.ReLU(), layers[2], nn.Tanh(), layers[3])
-    result = shrink(bottleneck, blobs.train, blobs.val, cost="macs", heal=quick)
+    result = shrink(bottleneck, blobs.train, blobs.val, cost="macs", heal=quick, method="easier")
     assert "at a gain" in result.message
     assert len(result.plan) == 0
 
@@ -309,6 +310,7 @@ def test_bad_input_writes_nothing(trained, blobs, quick, tmp_path) -> None:
         (InputError, "not a target", dict(target_latency="0.5 x x")),
         (InputError, "no paper form", dict(method="random", reproduce=True)),
         (InputError, "no activation to remove", dict(model=linear)),
+        (InputError, "no site to remove", dict(model=linear, method="auto")),
         (InputError, "wants a EasierConfig", dict(config=get_method("random").make_config())),
         (InputError, "model is the class Linear", dict(model=nn.Linear)),
         (DataError, r"NoneType is no loader \(at val_loader\)", dict(val=None)),
@@ -321,7 +323,8 @@ def test_bad_input_writes_nothing(trained, blobs, quick, tmp_path) -> None:
         ((DataError, TrainingError), "finite", dict(calibration_loader=nan)),
     ]
     for kind, text, changes in cases:
-        options = {"model": trained, "train": blobs.train, "val": blobs.val, "heal": quick, "cost": "macs"} | changes
+        options = {"model": trained, "train": blobs.train, "val": blobs.val, "heal": quick, "cost": "macs"}
+        options |= {"method": "easier"} | changes
         model, train, val = (options.pop(name) for name in ("model", "train", "val"))
         with pytest.raises(kind, match=text):
             shrink(model, train, val, run_dir=folder, **options)

@@ -52,6 +52,7 @@ def demo(
         found.val,
         found.test,
         example_inputs=found.example_inputs,
+        method="easier",
         run_dir=run,
         resume=resume,
         max_drop=1.0,

@@ -22,7 +22,9 @@ def shrink(
     weights: opt.Weights = None,
     run: Annotated[Path, typer.Option("--run", "-r", metavar="DIR", help="Run folder to write.")] = Path("runs/shrink"),
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")] = False,
-    method: Annotated[str, typer.Option(help="How sites are ranked; palmette methods lists them.")] = "easier",
+    method: Annotated[
+        str, typer.Option(help="auto searches all edits on the clock; palmette methods lists all, with their papers.")
+    ] = "auto",
     max_drop: Annotated[
         float, typer.Option(metavar="POINTS", help="Points of validation accuracy to give up at most.")
     ] = 0.5,

@@ -75,10 +75,6 @@ def search(session: Session, baseline: dict[str, Any], say: Callable[[str], None
     dense_ms = session.run.once("dense-latency", lambda: session.clock("dense", session.dense))
     goal = target_ms(settings.target_latency, dense_ms)
     options, points = explore(session, say)
-    scores = tuple(
-        {"name": o.key, "score": s, "macs_saved": o.candidate.macs_saved, "ms_saved": o.candidate.ms_saved}
-        for o, s in sorted(options, key=lambda pair: (pair[1], pair[0].key))
-    )
     probes = Probes(session, [o for o, _ in options], points)
     limit = config.trainings if settings.rounds is None else min(config.trainings, settings.rounds)
     start = None if goal is None else reaching(points, goal, session.table.runtime)
@@ -102,7 +98,12 @@ def search(session: Session, baseline: dict[str, Any], say: Callable[[str], None
         if goal is not None and index == start:
             ended = f"the target of {goal:.3g} ms is reached: {entry.latency_ms:.3g} ms"
     return Search(
-        branch=probes, rounds=tuple(found), winner=winner, first_scores=scores, ended=ended, random=probes.random
+        branch=probes,
+        rounds=tuple(found),
+        winner=winner,
+        first_scores=tuple(ranked(options)),
+        ended=ended,
+        random=probes.random,
     )
 
 
@@ -131,6 +132,14 @@ def explore(session: Session, say: Callable[[str], None]) -> tuple[list[tuple[Op
     picks = front(items(scored, whole_cost(session)))
     say(f"the front has {max(len(picks) - 1, 0)} plans; measuring up to {config.points} of them")
     return scored, measured_front(session, picks, {o.key: o for o, _ in scored}, config.points)
+
+
+def ranked(options: Iterable[tuple[Option, float]]) -> list[dict[str, Any]]:
+    """Options with their importance as a ranking, least important first."""
+    return [
+        {"name": o.key, "score": s, "macs_saved": o.candidate.macs_saved, "ms_saved": o.candidate.ms_saved}
+        for o, s in sorted(options, key=lambda pair: (pair[1], pair[0].key))
+    ]
 
 
 def importance(session: Session, options: Sequence[Option], config: AutoConfig) -> dict[str, float | None]:

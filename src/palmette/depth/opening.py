@@ -82,7 +82,7 @@ def opened(
     check_given(model, train=data.train, val=data.val, test=data.test, calibration=data.calibration)
     first_inputs(data.train, "training")
     example, dense = _captured(model, data.val, example_inputs)
-    _check_sites(dense, example, chosen.kind(options))
+    _check_sites(dense, example, chosen, options)
     described = {**asdict(settings), "method": chosen.name, "options": asdict(options), "protect": list(protect)}
     described |= {"heal": heal.recipe(), "network": weights_hash(model.state_dict()), **(more or {})}
     names = {"command": _as_call(verb, chosen.name, settings, heal), **names}
@@ -179,8 +179,11 @@ def _captured(model: nn.Module, val: Iterable[Any], example: Example | None) -> 
     return inputs, capture(model, inputs).eval()
 
 
-def _check_sites(dense: fx.GraphModule, example: Example, kind: str) -> None:
-    if not any(site.kind == kind for site in find_sites(dense, example)):
+def _check_sites(dense: fx.GraphModule, example: Example, method: Method, config: MethodConfig) -> None:
+    """Refuse a network without a site of the method's kind; a search of its own takes sites of every kind."""
+    kind = "site" if method.search else method.kind(config)
+    sites = find_sites(dense, example)
+    if not (sites if method.search or kind in ("convolution", "layer") else [s for s in sites if s.kind == kind]):
         raise InputError(f"the network has no {kind} to remove", fix="`palmette sites` lists what it has")
 
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from palmette import ranks
 from palmette.depth.accounts import side_by_side
+from palmette.depth.auto import AutoConfig, explore, ranked, whole_cost
 from palmette.depth.opening import Loaders, opened
 from palmette.depth.outcome import finish, ranking_rows
 from palmette.depth.rounds import expected_seconds, rank, search, summary
@@ -70,7 +71,7 @@ def shrink(
     test_loader: Iterable[Any] | None = None,
     *,
     example_inputs: Example | None = None,
-    method: str | Method = "easier",
+    method: str | Method = "auto",
     config: MethodConfig | None = None,
     max_drop: float = 0.5,
     target_latency: str | None = None,
@@ -150,18 +151,12 @@ def shrink(
 def _preview(session: Session) -> ShrinkResult:
     """The dry run: the ranking of the first round with predicted gains, and how long healing would take."""
     evaluate(session.dense, session.val, loss_fn=session.loss_fn, metric=session.metric, max_batches=1)
-    pool = session.pool(session.dense)
-    scores = rank(session)(session.dense, pool) if pool else {}
-    ranking = [
-        {"name": c.name, "score": scores[c.name], "macs_saved": c.macs_saved, "ms_saved": c.ms_saved}
-        for c in sorted(pool, key=lambda c: (scores[c.name], -c.macs_saved, c.name))
-    ]
-    rounds = -(-len(pool) // session.settings.step)
+    ranking, rounds, more = _previewed_search(session) if session.method.search else _previewed_rounds(session)
     if session.settings.rounds is not None:
         rounds = min(rounds, session.settings.rounds)
     seconds = expected_seconds(session, rounds)
     message = (
-        f"{len(pool)} candidate{'s pay' if len(pool) > 1 else ' pays'}; healing {rounds} "
+        f"{len(ranking)} candidate{'s pay' if len(ranking) > 1 else ' pays'}{more}; healing {rounds} "
         f"round{'' if rounds == 1 else 's'} takes about {max(seconds, 1):.0f} s, each control as long again"
     )
     nothing = f"Nothing pays on {session.table.runtime}; `palmette sites` lists what each removal saves in MACs"
@@ -176,9 +171,31 @@ def _preview(session: Session) -> ShrinkResult:
         ranking=ranking,
         run_dir=None,
         report=None,
-        message=message if pool else nothing,
+        message=message if ranking else nothing,
         expected_seconds=seconds,
     )
+
+
+def _previewed_rounds(session: Session) -> tuple[list[dict[str, Any]], int, str]:
+    """Ranking, number of rounds, and nothing more to say, for a method that removes round by round."""
+    pool = session.pool(session.dense)
+    scores = rank(session)(session.dense, pool) if pool else {}
+    ranking = [
+        {"name": c.name, "score": scores[c.name], "macs_saved": c.macs_saved, "ms_saved": c.ms_saved}
+        for c in sorted(pool, key=lambda c: (scores[c.name], -c.macs_saved, c.name))
+    ]
+    return ranking, 1 if session.settings.one_shot else -(-len(pool) // session.settings.step), ""
+
+
+def _previewed_search(session: Session) -> tuple[list[dict[str, Any]], int, str]:
+    """Ranking, most trainings, and how far the front reaches, for a method with a search of its own."""
+    options, points = explore(session, _silent)
+    config = session.config if isinstance(session.config, AutoConfig) else AutoConfig()
+    reach = ""
+    if points:
+        fastest = points[-1].cost / whole_cost(session)
+        reach = f", and {len(points)} plans of them were timed, down to {fastest:.2f}x of the dense cost"
+    return ranked(options), config.trainings, reach
 
 
 def _silent(_: str) -> None:
