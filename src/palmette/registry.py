@@ -23,7 +23,7 @@ from palmette.errors import InputError, UnknownMethod
 
 WINGS = ("depth", "adapt", "supernet", "sparsity", "fairness")
 
-SiteKind = Literal["activation", "block", "span", "convolution"]
+SiteKind = Literal["activation", "block", "span", "layer", "convolution"]
 ScoreFunction = Callable[..., dict[str, float]]
 F = TypeVar("F", bound=Callable[..., Any])
 

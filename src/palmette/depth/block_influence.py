@@ -26,9 +26,9 @@ from palmette.registry import Bounds, MethodConfig, method
 
 @dataclass(frozen=True, kw_only=True)
 class BlockInfluenceConfig(MethodConfig):
-    """Whether single blocks are ranked or runs of consecutive ones, and how many of these at most (spans only)."""
+    """What is ranked: blocks, runs of consecutive ones (spans, of at most `longest`), or whole layers of several."""
 
-    sites: Literal["block", "span"] = "block"
+    sites: Literal["block", "span", "layer"] = "block"
     longest: Annotated[int, Bounds(low=2)] = 3
 
 

@@ -21,7 +21,7 @@ from palmette.registry import MethodConfig, method
 class RandomConfig(MethodConfig):
     """Which kind of site is drawn from, and how an activation is linearised."""
 
-    sites: Literal["activation", "block"] = "activation"
+    sites: Literal["activation", "block", "layer"] = "activation"
     fit: Literal["affine", "mask", "identity"] = "affine"
 
 

@@ -12,6 +12,7 @@ from palmette.errors import PlanError
 from palmette.graph.activations import Activation, find_activations
 from palmette.graph.blocks import find_blocks
 from palmette.graph.gains import Gains
+from palmette.graph.layers import layers
 from palmette.graph.linear_fit import fit_reason, linear_macs
 from palmette.graph.paths import Path, Reader
 from palmette.graph.plan import Edit, drop, fit_linear, identity, linearize, parallelize
@@ -35,6 +36,7 @@ EDITS = {
     "activation": ("linearize",),
     "block": ("drop", "fit_linear"),
     "span": ("drop", "fit_linear", "parallelize"),
+    "layer": ("drop", "fit_linear"),
     "convolution": ("identity",),
 }
 """What can be done at each kind of site; the first is what is done unless asked otherwise."""
@@ -77,8 +79,9 @@ def candidates(
 ) -> list[Candidate]:
     """Everything of one kind that could be removed from a captured graph, in execution order, each by its own name.
 
-    kind: "activation", "block", "span" (every run of 2 to `longest` consecutive blocks, at least pairs) or
-    "convolution" (or linear, that keeps the shape of its input). edit: one of `EDITS` of that kind, the first by
+    kind: "activation", "block", "span" (every run of 2 to `longest` consecutive blocks, at least pairs), "layer" (the
+    run of blocks that is a whole numbered layer, named by its path) or "convolution" (or linear, that keeps the shape
+    of its input). edit: one of `EDITS` of that kind, the first by
     default. windows: instead of the cheapest group for each activation, every group of up to `longest` neighbouring
     ones whose merge pays. A parallelised span saves depth, not MACs: without a timing table it pays where `collapse`
     can make it wide. protect: path prefixes that stay; the first and last operations with weights always do.
@@ -94,6 +97,8 @@ def candidates(
     if kind == "convolution":
         return list(finder.convolutions())
     blocks = find_blocks(gm)
+    if kind == "layer":
+        return [replace(finder.run(run), name=path) for path, run in layers(gm, blocks).items()]
     found: list[Run] = [(b,) for b in blocks] if kind == "block" else runs(gm, max(longest, 2), blocks)
     return [finder.run(run) for run in found]
 

@@ -68,7 +68,15 @@ def inside(run: Run) -> frozenset[fx.Node]:
     """The nodes between the input of a run and its last sum, the sum included."""
     last = run[-1]
     behind = last.region - {last.output} if total(last) is not last.output else last.region
-    return frozenset(itertools.chain(behind, *(b.region for b in run[:-1])))
+    between = [node for a, b in itertools.pairwise(run) for node in _upwards(b.source, a.output)]
+    return frozenset(itertools.chain(behind, between, *(b.region for b in run[:-1])))
+
+
+def _upwards(node: fx.Node, end: fx.Node) -> Iterator[fx.Node]:
+    """The transparent nodes from `node` up to `end`, which is left out."""
+    while node is not end:
+        yield node
+        node = node.all_input_nodes[0]
 
 
 def closed_reason(run: Run) -> str:
