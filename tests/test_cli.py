@@ -210,6 +210,9 @@ def test_dry_run_writes_nothing(source, tmp_path, capsys) -> None:
         run("shrink", "-m", f"{source}:net", "-d", f"{source}:data", "--run", folder, "--cost", "macs", "--dry-run")
         == 0
     )
+    assert "down to" in capsys.readouterr().out
+    options = ["--run", folder, "--cost", "macs", "--dry-run", "--method", "easier"]
+    assert run("shrink", "-m", f"{source}:net", "-d", f"{source}:data", *options) == 0
     assert "1 candidate pays; healing 1 round takes" in capsys.readouterr().out
     assert not folder.exists()
 
@@ -285,7 +288,7 @@ def _one_line(printed: str, says: str) -> None:
     ("options", "says"),
     [
         ({"-m": "{source}:odd"}, "net.py"),
-        ({"-m": "{source}:linear"}, "no activation to remove"),
+        ({"-m": "{source}:linear"}, "no site to remove"),
         ({"-m": "{source}:nothing"}, "nothing"),
         ({"-m": "palmette:nothing"}, "nothing"),
         ({"-d": "{source}:empty"}, "empty"),
