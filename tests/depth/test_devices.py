@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -61,7 +62,9 @@ class Command:
         self.source = folder / "net.py"
         self.source.write_text(NETWORK)
 
-    def start(self, run: str, *options: str, network: str = "network", data: str = "loaders") -> subprocess.Popen[str]:
+    def start(
+        self, run: str, *options: str, network: str = "network", data: str = "loaders", **environment: str
+    ) -> subprocess.Popen[str]:
         fixed = f"--model {self.source}:{network} --data {self.source}:{data} --max-drop 100 --epochs 3 --lr 0.05"
         fixed += " --no-controls --rounds 2"
         command = [
@@ -74,7 +77,7 @@ class Command:
             str(self.folder / run),
             *options,
         ]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | environment
         return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def run(self, run: str, *options: str, code: int = 0, **files: str) -> str:
@@ -134,6 +137,24 @@ def test_a_killed_run_goes_on_to_the_same_weights(command, whole) -> None:
     command.run("killed", "--cost", "macs", "--devices", "2", "--resume")
     assert command.weights("killed") == command.weights("whole")
     assert command.plan("killed") == command.plan("whole")
+
+
+def free_port() -> str:
+    with socket.socket() as door:
+        door.bind(("127.0.0.1", 0))
+        return str(door.getsockname()[1])
+
+
+def test_two_nodes_train_as_two_devices_do(command, whole) -> None:
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    nodes = [
+        command.start("nodes", "--cost", "macs", "--nodes", "2", NODE_RANK=str(rank), **meeting) for rank in (0, 1)
+    ]
+    printed = [node.communicate(timeout=600)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], printed
+    assert "round 2:" in printed[0]
+    assert printed[1] == ""
+    assert command.weights("nodes") == command.weights("whole")
 
 
 def test_timings_of_one_process_decide(command) -> None:

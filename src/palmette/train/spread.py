@@ -12,16 +12,22 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Annotated, Any
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.strategies.ddp import DDPStrategy
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, IterableDataset
 
 from palmette import ranks
 from palmette.errors import DataError, InputError
 from palmette.registry import Bounds, MethodConfig
+
+_PATIENCE = timedelta(days=7)
+"""How long a process waits for another one: while the first times and exports, or Ray works, there is no sign of life.
+One that has ended is noticed at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +79,7 @@ def launched(devices: int, nodes: int, precision: str) -> Fabric:
     try:
         fabric = Fabric(
             accelerator=accelerator,
-            strategy="ddp",
+            strategy=DDPStrategy(timeout=_PATIENCE),
             devices=devices,
             num_nodes=nodes,
             precision=precision,  # type: ignore[arg-type]
