@@ -97,7 +97,7 @@ def extract(gm: fx.GraphModule, nodes: Iterable[fx.Node], output: fx.Node) -> tu
                 made[node] = graph.node_copy(node, place)
             else:
                 made[node] = graph.placeholder(f"input_{len(outside)}")
-                made[node].meta.update({key: node.meta[key] for key in ("shape", "dtype") if key in node.meta})
+                made[node].meta.update({key: node.meta[key] for key in ("shape", "dtype", "path") if key in node.meta})
                 outside.append(node)
         return made[node]
 

@@ -18,8 +18,8 @@ from torch import Tensor, fx, nn
 
 from palmette.graph.activations import Activation, find_activations
 from palmette.graph.affine import Affine, compose, diagonal, plus_skip, skip_reason
-from palmette.graph.blocks import find_blocks
-from palmette.graph.ops import is_state, is_transparent, module_of, skip_transparent
+from palmette.graph.blocks import Block
+from palmette.graph.ops import is_state, is_transparent, module_of, remove_dead, skip_transparent
 from palmette.graph.parallel import MARK, branch_of, make_parallel, parallel_reason
 from palmette.graph.paths import Element, Reader, channel_axis
 from palmette.graph.rewrite import describe_map, widen, widen_levels
@@ -308,11 +308,17 @@ def parallel_form(gm: fx.GraphModule, run: Run) -> tuple[fx.GraphModule, fx.Grap
     """A run of blocks by itself, the same in parallel and wide where it can be, and inputs of batch 1 for both."""
     before, inputs = extract(gm, inside(run), total(run[-1]))
     after = copy.deepcopy(before)
-    blocks = {b.path: b for b in find_blocks(after)}
-    make_parallel(after, tuple(blocks[b.path] for b in run))
+    twins = {n.meta.get("path"): n for n in after.graph.nodes}
+    make_parallel(after, tuple(_twin(block, twins) for block in run))
+    remove_dead(after)
     for strands in groups(after):
         wide = Wide(after, strands)
         widen(after, wide.decision, wide.maps)
-    after.graph.eliminate_dead_code()
-    after.recompile()
+    remove_dead(after)
     return before, after.eval(), inputs
+
+
+def _twin(block: Block, nodes: dict[Any, fx.Node]) -> Block:
+    """The block in a graph whose nodes have the same paths."""
+    source, output, *inner = (nodes[n.meta["path"]] for n in (block.source, block.output, *block.region))
+    return replace(block, source=source, output=output, region=frozenset(inner))
