@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from depth_tables import which_tables
 from layout import NOTE, escape, page, slug, table, with_table
 from measured import benchmarks_page, coverage_page, shrink_table
 
@@ -39,6 +40,7 @@ def pages() -> dict[Path, str]:
         DOCS / "methods.md": methods_page(),
         DOCS / "coverage.md": coverage_page(),
         DOCS / "benchmarks.md": benchmarks_page(),
+        DOCS / "which.md": with_table((DOCS / "which.md").read_text(), "which", which_tables()),
         ROOT / "README.md": with_table((ROOT / "README.md").read_text(), "shrink", shrink_table()),
     }
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from depth_tables import depth_sections
 from layout import NOTE, escape, page, table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,7 +28,7 @@ off on both sides of the comparison, since it cannot be trained.
 """
 
 BENCHMARKS = """
-Every table comes from a script in `benchmarks/` and stands with its two controls: the dense network with the same extra
+Every table comes from a script in `benchmarks/` and stands with its controls: the dense network with the same extra
 training, and random removal of as many sites. Accuracy is top-1 on data that chose nothing, with its 95 % interval;
 differences are paired per image, in points against the dense network. 1 MAC is one multiply-add.
 """
@@ -65,7 +66,7 @@ def coverage_script() -> Any:
 
 
 def benchmarks_page() -> str:
-    """One accounting table per stored result of `shrink`."""
+    """One accounting table per stored result of `shrink`, then the tables about depth."""
     parts = [
         NOTE,
         "# Benchmarks",
@@ -75,6 +76,7 @@ def benchmarks_page() -> str:
         for figures in runs_of(path):
             network, data = figures["model"].rpartition(":")[2], figures["data"].partition(":")[0]
             parts += [f"## {network} on {data}", accounting(figures), made_by(path, figures)]
+    parts += depth_sections()
     if len(parts) == 3:
         parts.append("No results are stored yet: `make bench` measures them.")
     return page(parts)
