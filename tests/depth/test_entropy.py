@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from palmette.depth import entropy
 from palmette.depth.entropy import (
     EntropyRule,
     MaskTap,
@@ -18,7 +19,6 @@ from palmette.depth.entropy import (
     StateCounter,
     binary_entropy,
     count_states,
-    finite,
     mean_abs_weight,
 )
 from palmette.errors import DataError
@@ -176,9 +176,25 @@ def test_the_sum_over_positions_may_come_first() -> None:
         assert torch.equal(counts.sum(2, keepdim=True), count_states(z, 2, tokens, per_position=False))
 
 
-def test_large_values_are_finite() -> None:
-    assert finite(torch.full((3, 1000), 3e38))  # their sum is not
-    assert not finite(torch.tensor([1.0, -math.inf, math.inf]))
+def test_large_values_are_finite_though_their_sum_is_not() -> None:
+    counter = StateCounter(EntropyRule(), 1)
+    counter.add(torch.full((3, 1000), 3e38))
+    assert counter.entropy() == 0.0
+    with pytest.raises(DataError, match="not finite"):
+        counter.add(torch.tensor([[1.0, -math.inf, math.inf]]))
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_large_batches_are_counted_in_parts(tokens: bool) -> None:
+    z = torch.randint(-1, 2, (70, 500, 9), generator=torch.Generator().manual_seed(8)).float()
+    mask = torch.rand(70, 500, generator=torch.Generator().manual_seed(9)) < 0.7 if tokens else None
+    assert z.numel() > 2 * entropy._IN_CACHE
+    for per_position in (True, False):
+        parts = [
+            count_states(part, 2, None if mask is None else mask[i : i + 1], per_position=per_position)
+            for i, part in enumerate(z.split(1))
+        ]
+        assert torch.equal(count_states(z, 2, mask, per_position=per_position), torch.stack(parts).sum(0))
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)

@@ -21,7 +21,8 @@ from palmette.errors import DataError
 from palmette.graph import observe
 from palmette.graph.padding import MaskTap
 
-_EXACT_IN_FLOAT32 = 2**24
+_IN_CACHE = 2**18
+"""Values whose signs stay in a processor's cache while they are counted: larger batches are counted in parts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,34 +76,50 @@ def count_states(
     Axis 0 holds the samples; all axes but it and `channel_axis` are positions, which are summed up to one unless
     `per_position`. `mask` [samples, positions] leaves tokens out. The counts stay on the device of `z`.
     """
-    signs = (scratch or Scratch()).signs(z.detach())
-    signs = signs.movedim(channel_axis, 1).flatten(2) if z.dim() > 2 else signs.unsqueeze(-1)  # N, C, P
-    if mask is None:
-        seen = torch.full((signs.shape[2],), signs.shape[0], device=z.device)
-    else:
-        kept = mask.to(z.device, torch.bool)
-        signs, seen = signs.masked_fill(~kept[:, None, :], 0), kept.sum(dim=0)
-    difference = _whole(signs, per_position)  # ON - OFF
-    nonzero = _whole(signs.abs_(), per_position)
-    total = (seen if per_position else seen.sum(dim=0, keepdim=True)).expand_as(nonzero)
-    return torch.stack(((nonzero + difference) // 2, (nonzero - difference) // 2, total - nonzero))
+    return _counted(z.detach(), channel_axis, mask, per_position, scratch or Scratch())[0]
 
 
-def finite(x: Tensor) -> bool:
-    """Whether every value is finite. A finite sum says so in one quick pass; only another is looked at in detail."""
-    total = x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32))
-    return bool(torch.isfinite(total)) or bool(torch.isfinite(x).all())
+def _counted(
+    z: Tensor, channel_axis: int, mask: Tensor | None, per_position: bool, scratch: Scratch
+) -> tuple[Tensor, Tensor]:
+    """The counts of `count_states`, and the sum of all values: where it is finite, all of them are."""
+    kept = None if mask is None else mask.to(z.device, torch.bool)
+    whole = z.device.type != "cpu" or z.numel() <= _IN_CACHE
+    size = max(z.shape[0] if whole else _IN_CACHE * z.shape[0] // z.numel(), 1)
+    parts = (
+        [(part, None) for part in z.split(size)]
+        if kept is None
+        else list(zip(z.split(size), kept.split(size), strict=True))
+    )
+    sums = []
+    for part, tokens in parts:
+        total = part.sum(dtype=_wide(part))
+        signs = scratch.signs(part)
+        signs = signs.movedim(channel_axis, 1).flatten(2) if z.dim() > 2 else signs.unsqueeze(-1)  # N, C, P
+        if tokens is not None:
+            signs = signs.masked_fill(~tokens[:, None, :], 0)
+        difference = _sum(signs, per_position)  # ON - OFF
+        sums.append((total, difference, _sum(signs.abs_(), per_position)))
+    total, difference, nonzero = (torch.stack(column) for column in zip(*sums, strict=True))
+    difference, nonzero = difference.sum(dim=0, dtype=torch.int64), nonzero.sum(dim=0, dtype=torch.int64)
+    seen = torch.full((signs.shape[2],), z.shape[0], device=z.device) if kept is None else kept.sum(dim=0)
+    seen = (seen if per_position else seen.sum(dim=0, keepdim=True)).expand_as(nonzero)
+    counts = torch.stack(((nonzero + difference) // 2, (nonzero - difference) // 2, seen - nonzero))
+    return counts, total.sum()
 
 
-def _whole(x: Tensor, per_position: bool) -> Tensor:
-    """Sum of values -1, 0 and 1 over samples, and over positions too unless kept: int64 [channels, positions].
+def _sum(x: Tensor, per_position: bool) -> Tensor:
+    """Sum of values -1, 0 and 1 over samples, and over positions too unless kept: whole numbers [channels, positions].
 
     Sums of floats, exact up to 2^24 in float32, are several times faster than counts of truth values.
     """
     counted = x.shape[0] if per_position else x.shape[0] * x.shape[2]
-    exact = torch.promote_types(x.dtype, torch.float32) if counted <= _EXACT_IN_FLOAT32 else torch.float64
-    summed = x.sum(dim=0, dtype=exact) if per_position else x.sum(dim=(0, 2), dtype=exact).unsqueeze(-1)
-    return summed.long()
+    exact = _wide(x) if counted <= 2**24 else torch.float64
+    return x.sum(dim=0, dtype=exact) if per_position else x.sum(dim=(0, 2), dtype=exact).unsqueeze(-1)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def layer_entropy(counts: Iterable[Tensor], rule: EntropyRule) -> float:
@@ -145,13 +162,12 @@ class StateCounter:
 
     def add(self, z: Tensor, mask: Tensor | None = None) -> None:
         """Count the states of one batch of pre-activations; raises DataError when they are not finite."""
-        if not finite(z):
+        z = z.detach()
+        counts, total = _counted(z, self.channel_axis, mask, not self.rule.position_first, self.scratch)
+        if not bool(torch.isfinite(total)) and not bool(torch.isfinite(z).all()):  # a sum may also overflow
             raise DataError(
                 "a pre-activation is not finite", fix="Look for NaN or infinite values in the data and the weights"
             )
-        counts = count_states(
-            z, self.channel_axis, mask, per_position=not self.rule.position_first, scratch=self.scratch
-        )
         if self.rule.aggregation == "batch":
             self._sum += layer_entropy([counts], self.rule)
             self._batches += 1
