@@ -151,7 +151,8 @@ def show(result: ShrinkResult, method: str) -> None:
     if result.verification is not None:
         tables.say(f"Proof: {proof(result)}")
     for kind, parity in result.exports.items():
-        tables.say(f"model.{kind}: {parity.get('error') or tables.parity(parity)}")
+        name = kind if kind == "huggingface" else f"model.{kind}"
+        tables.say(f"{name}: {parity.get('error') or tables.parity(parity)}")
     tables.say(result.message)
     if result.report is not None:
         tables.say(f"Report: {result.report}")

@@ -67,9 +67,8 @@ class HuggingFaceReport:
 
 def is_hugging_face(model: nn.Module) -> bool:
     """Whether `model` is a model of transformers; imports nothing."""
-    package = sys.modules.get("transformers")
-    kind = getattr(package, "PreTrainedModel", None) if package is not None else None
-    return kind is not None and isinstance(model, kind)
+    package = sys.modules.get("transformers.modeling_utils")
+    return package is not None and isinstance(model, package.PreTrainedModel)
 
 
 def save_pretrained(

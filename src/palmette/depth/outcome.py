@@ -12,11 +12,12 @@ from torch import nn
 
 from palmette import ranks
 from palmette.deploy import export
+from palmette.deploy.huggingface import is_hugging_face, save_pretrained
 from palmette.depth.accounts import account, contenders, has_onnx
 from palmette.depth.branch import Branch
 from palmette.depth.rounds import Search
 from palmette.depth.session import Session
-from palmette.errors import ExportError, VerifyError
+from palmette.errors import ExportError, PalmetteError, VerifyError
 from palmette.files import write_atomic, write_json
 from palmette.graph import CollapseRecord, Plan, Verification, collapse, verify
 from palmette.graph import save as save_network
@@ -109,7 +110,10 @@ def _collapsed(
 
 
 def _exports(session: Session, network: nn.Module) -> dict[str, Any]:
-    """Write model.pt2 and, where ONNX is installed, model.onnx; a format that fails is named, and the run goes on."""
+    """Write model.pt2, model.onnx where ONNX is installed, and huggingface/ for a model of transformers.
+
+    A format that fails is named, and the run goes on.
+    """
     batches = [split_batch(batch)[0] for batch in itertools.islice(iter(session.val), 1)]
     found: dict[str, Any] = {}
     for kind in ("onnx", "pt2") if has_onnx() else ("pt2",):
@@ -118,6 +122,14 @@ def _exports(session: Session, network: nn.Module) -> dict[str, Any]:
             found[kind] = parity.to_dict()
         except ExportError as error:
             found[kind] = {"error": str(error)}
+    if is_hugging_face(session.model):
+        try:
+            report = save_pretrained(
+                network, session.model, session.run.path("huggingface"), session.example, batches=batches
+            )
+            found["huggingface"] = report.parity.to_dict() | {"standard": report.standard}
+        except PalmetteError as error:
+            found["huggingface"] = {"error": str(error)}
     return found
 
 
