@@ -149,8 +149,18 @@ class Session:
         return self.method.heals is None or bool(self.method.heals(self.config))
 
     def clock(self, key: str, network: nn.Module) -> float | None:
-        """Milliseconds of one forward pass at batch 1 by the cost table; None where it counts MACs."""
-        return None if self.table.runtime == "macs" else self.table.time(key, network, self.single)
+        """Milliseconds of one forward pass at batch 1 by the cost table; None where it counts MACs.
+
+        A network is timed in turn with the dense one, and its ratio counts: what else the machine does meanwhile, and
+        its changing frequency, would move a time that is taken alone by more than a removal does.
+        """
+        if self.table.runtime == "macs":
+            return None
+        dense_ms = self.table.time("dense", self.dense, self.single)
+        if network is self.dense:
+            return dense_ms
+        before, after = self.table.compare(f"{key} against dense", self.dense, network, self.single)
+        return dense_ms * after / before
 
     def evaluate(self, network: nn.Module, loader: Iterable[Any]) -> Evaluation:
         """Accuracy of a network on a loader, in eval mode."""
