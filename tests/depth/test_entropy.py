@@ -186,7 +186,7 @@ def test_large_values_are_finite_though_their_sum_is_not() -> None:
 
 @pytest.mark.parametrize("tokens", [False, True])
 def test_large_batches_are_counted_in_parts(tokens: bool) -> None:
-    z = torch.randint(-1, 2, (70, 500, 9), generator=torch.Generator().manual_seed(8)).float()
+    z = torch.randint(-1, 2, (70, 500, 18), generator=torch.Generator().manual_seed(8)).float()
     mask = torch.rand(70, 500, generator=torch.Generator().manual_seed(9)) < 0.7 if tokens else None
     assert z.numel() > 2 * entropy._IN_CACHE
     for per_position in (True, False):
