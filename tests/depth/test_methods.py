@@ -182,3 +182,13 @@ def test_candidates_of_the_graph_are_what_methods_rank() -> None:
     captured = capture(Known().eval(), x)
     found = candidates(captured, x, kind="activation")
     assert {site.kind for c in found for site in c.sites} == {"activation"}
+
+
+def test_block_influence_ranks_runs_of_blocks_as_a_whole() -> None:
+    x = torch.randn(6, 2)
+    captured = capture(Turning().eval(), x[:2])
+    config = block_influence.BlockInfluenceConfig(sites="span")
+    found = candidates(captured, x[:2], kind="span", longest=config.longest)
+    scores = block_influence.score(captured, found, [(x, torch.zeros(6))], config, seed=0)
+    assert [len(c.sites[0].members) for c in found] == [2]  # the first block reads the input of the network
+    assert list(scores.values()) == pytest.approx([1.0], abs=1e-6)
