@@ -65,6 +65,18 @@ def test_threads_are_those_asked_for(program: bytes) -> None:
         assert count() == threads
 
 
+def test_a_program_outlives_changes_of_the_number_of_threads(program: bytes) -> None:
+    model, x = convnet(), torch.randn(1, 3, 8, 8)
+    use_threads(1)
+    first = Program(program)
+    run = first.bind(x)
+    for threads in (2, 1, 3, 1):
+        use_threads(threads)
+        other = Program(program)
+        for found in (first.outputs(x), run(), other.outputs(x)):
+            torch.testing.assert_close(found[0], model(x).detach(), rtol=1e-4, atol=1e-5)
+
+
 def test_a_program_is_called_like_its_network_sample_by_sample(program: bytes) -> None:
     model, packed = convnet(), PteModel(program)
     for batch in (1, 3):
@@ -125,3 +137,13 @@ def test_the_first_use_in_a_process_is_silent() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_strides_of_axes_of_length_one_do_not_matter() -> None:
+    """A batch of gray images that were permuted has the strides of another layout (pytorch/executorch issue 19153)."""
+    model = nn.Sequential(nn.Conv2d(1, 5, 3), nn.Flatten(), nn.Linear(180, 3)).eval()
+    x = torch.randn(1, 8, 8, 1).permute(0, 3, 1, 2)
+    assert x.is_contiguous()
+    assert x.stride() != torch.empty(1, 1, 8, 8).stride()
+    found = load({"m": model}, x, "executorch", 1)["m"].outputs(x)[0]
+    torch.testing.assert_close(found, model(x).detach(), rtol=1e-4, atol=1e-5)

@@ -23,7 +23,7 @@ from palmette.errors import DataError, ExportError, InputError
 from palmette.files import atomic_path
 from palmette.graph.inputs import Example, batch_size, map_tensors, one_sample, tensors, with_batch
 from palmette.meter.running import Flat, Packed, quiet, reason
-from palmette.meter.runtime_executorch import PteModel, executorch_parts, lowered, use_threads
+from palmette.meter.runtime_executorch import PteModel, executorch_parts, in_order, lowered, use_threads
 from palmette.meter.runtime_onnx import OnnxModel, feeds_by_order, onnx_session
 
 _METHODS = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
@@ -187,7 +187,7 @@ def _by_executorch(model: nn.Module, example_inputs: Example, real: list[Any], c
     flow = optional("torchao.quantization.pt2e.quantize_pt2e", package="palmette[executorch]")
     prepared = Prepared(model, example_inputs)
     one = with_batch(prepared.inputs, 1)
-    arguments = tuple(tensors(one))
+    arguments = tuple(map(in_order, tensors(one)))
     settings = quantizers.get_symmetric_quantization_config(is_per_channel=True)
     quantizer = quantizers.XNNPACKQuantizer().set_global(settings)
     use_threads(torch.get_num_threads())

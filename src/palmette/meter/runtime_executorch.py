@@ -29,10 +29,10 @@ class PteModel(Packed):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the program; arguments as the network takes them. Raises InputError for shapes that do not fit."""
+        use_threads(torch.get_num_threads())
         if not self._sessions:
             self._sessions[0] = Program(self.content)
         program: Program = self._sessions[0]
-        use_threads(torch.get_num_threads())
         found = program.by_sample(kwargs or args)
         return found[0] if len(found) == 1 else tuple(found)
 
@@ -49,12 +49,22 @@ def executorch_parts() -> dict[str, Any]:
         return {"exir": exir, "partitioner": partitioner, "runtime": runtime.Runtime.get(), "bindings": bindings}
 
 
+class _Pool:
+    """How often ExecuTorch's pool of threads was made anew: a program holds on to the pool that it was loaded with."""
+
+    made = 0
+
+
 def use_threads(count: int) -> None:
-    """Make ExecuTorch's pool, one for the whole process, `count` threads wide. It must be idle."""
+    """Make ExecuTorch's pool, one for the whole process, `count` threads wide.
+
+    It must be idle. Every `Program` loads itself again afterwards; programs that others loaded before must not run.
+    """
     bindings = executorch_parts()["bindings"]
     if bindings._threadpool_get_thread_count() != count:
         with silent():
             bindings._unsafe_reset_threadpool(count)
+        _Pool.made += 1
 
 
 def to_executorch(model: nn.Module, inputs: Any) -> bytes:
@@ -65,7 +75,8 @@ def to_executorch(model: nn.Module, inputs: Any) -> bytes:
     parts = executorch_parts()
     try:
         with quiet(), evaluating(model):
-            return lowered(parts, torch.export.export(Flat(model, inputs).eval(), tuple(tensors(inputs))))
+            arguments = tuple(map(in_order, tensors(inputs)))
+            return lowered(parts, torch.export.export(Flat(model, inputs).eval(), arguments))
     except Exception as error:  # torch.export and ExecuTorch's passes raise whatever they like
         raise ExportError("The network cannot be lowered for ExecuTorch", why=reason(error)) from error
 
@@ -85,34 +96,56 @@ class Program:
     """A loaded .pte (bytes, or a path). Raises ExportError when ExecuTorch does not load it."""
 
     def __init__(self, content: bytes | Path) -> None:
-        with silent() as said:
-            try:
-                self._program = executorch_parts()["runtime"].load_program(content)  # must outlive its method
-                self._method = self._program.load_method("forward")
-            except RuntimeError as error:
-                raise ExportError("ExecuTorch does not load the program", why=_why(said(), error)) from error
+        self.content = content
+        self._load()
         meta = self._method.metadata
         self.shapes = [tuple(meta.input_tensor_meta(i).sizes()) for i in range(meta.num_inputs())]
 
+    def _load(self) -> None:
+        with silent() as said:
+            try:
+                program = executorch_parts()["runtime"].load_program(self.content)
+                self._method = program.load_method("forward")
+            except RuntimeError as error:
+                raise ExportError("ExecuTorch does not load the program", why=_why(said(), error)) from error
+        self._program, self._pool = program, _Pool.made  # a program must outlive its method
+
+    def _execute(self, arguments: list[Tensor]) -> Any:
+        if self._pool != _Pool.made:
+            self._load()
+        return self._method.execute(arguments)
+
     def bind(self, inputs: Any) -> Runner:
         """A pass over the inputs, outputs copied. Raises InputError for other shapes than the program's."""
-        arguments = [tensor.detach().cpu().contiguous() for tensor in tensors(inputs)]
+        arguments = [in_order(tensor) for tensor in tensors(inputs)]
         shapes = [tuple(tensor.shape) for tensor in arguments]
         if shapes != self.shapes:
             raise InputError(f"The ExecuTorch program is written for inputs {self.shapes}, not for {shapes}")
-        return functools.partial(self._method.execute, arguments)
+        return functools.partial(self._execute, arguments)
 
     def outputs(self, inputs: Any) -> list[Tensor]:
-        """Every output in order."""
-        return list(self.bind(inputs)())
+        """Every output in order. Raises ExportError when ExecuTorch fails."""
+        return self._run([self.bind(inputs)])[0]
+
+    def _run(self, passes: list[Runner]) -> list[list[Tensor]]:
+        with silent() as said:
+            try:
+                return [list(run()) for run in passes]
+            except RuntimeError as error:
+                raise ExportError("ExecuTorch does not run the program", why=_why(said(), error)) from error
 
     def by_sample(self, inputs: Any) -> list[Tensor]:
         """Every output in order; inputs of a larger batch run one by one where the program is written for one."""
         size = batch_size(inputs)
         if size == self.shapes[0][0] or self.shapes[0][0] != 1:
             return self.outputs(inputs)
-        rows = [self.outputs(one_sample(inputs, index)) for index in range(size)]
+        rows = self._run([self.bind(one_sample(inputs, index)) for index in range(size)])
         return [torch.cat(column) for column in zip(*rows, strict=True)]
+
+
+def in_order(tensor: Tensor) -> Tensor:
+    """A copy with the strides of its shape: axes of length 1 may carry any, and ExecuTorch tells layouts by strides."""
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
 def _why(said: list[str], error: Exception) -> str:
