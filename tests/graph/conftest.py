@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -119,3 +121,15 @@ def relative(want: Tensor, got: Tensor) -> float:
 def nets() -> ModuleType:
     """This module: blocks, networks of them, and data."""
     return sys.modules[__name__]
+
+
+@pytest.fixture(scope="session")
+def random_nets() -> ModuleType:
+    """The module random_nets.py beside this one."""
+    spec = importlib.util.spec_from_file_location("random_nets", Path(__file__).with_name("random_nets.py"))
+    if spec is None or spec.loader is None:
+        pytest.fail("random_nets.py cannot be loaded")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
