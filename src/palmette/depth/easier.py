@@ -25,6 +25,7 @@ from palmette.errors import DataError, InputError
 from palmette.graph import Candidate, Site
 from palmette.graph.activations import Activation, find_activations
 from palmette.graph.inputs import call, split_batch, to_device
+from palmette.graph.padding import mask_node
 from palmette.registry import MethodConfig, method
 
 _WATCH = "palmette_watch"
@@ -72,11 +73,11 @@ class EntropyWatch(nn.Module):
         self.register_buffer("total", torch.zeros((), dtype=torch.float64))
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
 
-    def forward(self, z: Tensor) -> Tensor:
-        """`z` unchanged."""
+    def forward(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`z` unchanged. `mask` [batch, tokens]: 0 where a token is padding, which is not counted."""
         if self.training:
             fresh = self.batches >= self.steps
-            counts = count_states(z, self.channel_axis, per_position=not self.rule.position_first)
+            counts = count_states(z, self.channel_axis, mask, per_position=not self.rule.position_first)
             value = layer_entropy([counts], self.rule)
             self.total.copy_(torch.where(fresh, torch.zeros_like(self.total), self.total) + value)
             self.batches.copy_(torch.where(fresh, torch.zeros_like(self.batches), self.batches) + 1)
@@ -94,9 +95,11 @@ def watch(captured: fx.GraphModule, candidates: Sequence[Candidate], config: Eas
     sites = {site.path: site for candidate in candidates for site in candidate.sites}
     for index, (path, found) in enumerate(_activations(captured, sites)):
         name = f"{_WATCH}_{index}"
-        captured.add_submodule(name, EntropyWatch(_axis(sites[path]), config.rule, steps))
+        axis = _axis(sites[path])
+        captured.add_submodule(name, EntropyWatch(axis, config.rule, steps))
+        mask = mask_node(captured, found.source, axis)
         with captured.graph.inserting_after(found.source):
-            seen = captured.graph.call_module(name, (found.source,))
+            seen = captured.graph.call_module(name, (found.source,) if mask is None else (found.source, mask))
         seen.meta = {**found.source.meta, "path": f"{_WATCH}.{path}", "watched": path}
         for node in found.region:
             node.replace_input_with(found.source, seen)
