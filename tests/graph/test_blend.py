@@ -142,6 +142,17 @@ def test_shares_train_survive_a_copy_and_do_not_fall_below_zero(network, x):
 
 
 @pytest.mark.parametrize("gain", [1.0, 3.0])
+@pytest.mark.parametrize(("most", "held"), [(1.0, 1.0), (float("inf"), 2.5)])
+def test_a_share_is_held_at_its_upper_bound(gain, most, held):
+    share = Share(2.5, gain=gain, most=most)
+    value = share()
+    value.backward()
+    assert float(value.detach()) == pytest.approx(held)
+    assert float(share.parameter.grad) == pytest.approx(gain)
+    assert str(share) == f"Share({held:.3g})"
+
+
+@pytest.mark.parametrize("gain", [1.0, 3.0])
 def test_a_share_learns_faster_by_the_square_of_its_gain(gain):
     share = Share(0.5, gain=gain)
     optimizer = torch.optim.SGD(share.parameters(), lr=0.01)

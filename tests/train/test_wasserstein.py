@@ -124,6 +124,11 @@ def test_no_batch_size_is_assumed_and_none_is_recut():
     assert float(max_sliced_wasserstein(x.reshape(6, 2, 2), y.reshape(6, 2, 2), generator=seeded())) == float(whole)
 
 
+def test_what_is_not_finite_is_not_taken_for_equal():
+    x = samples(6, 4)
+    assert not bool(torch.isfinite(max_sliced_wasserstein(x, torch.full_like(x, float("nan")), generator=seeded())))
+
+
 def test_directions_are_drawn_anew_and_follow_the_global_seed():
     x, y = samples(6, 4), samples(6, 4, seed=1)
     torch.manual_seed(1)

@@ -23,28 +23,29 @@ _MARK = "blend"  # node metadata: the path of the site that the node blends
 
 
 class Share(nn.Module):
-    """A learnt number, clipped at >= 0 by projection; several blends may have one between them.
+    """A learnt number in [0, `most`], held there by projection; several blends may have one between them.
 
     It is `gain` times a parameter, so that it learns gain^2 times faster than the weights under gradient descent, and
     gain times faster under Adam. Being a scalar it has no weight decay.
     """
 
-    def __init__(self, start: float = 0.0, *, gain: float = 1.0) -> None:
+    def __init__(self, start: float = 0.0, *, gain: float = 1.0, most: float = 1.0) -> None:
         super().__init__()
-        self.gain = gain
+        self.gain, self.most = gain, most
         self.parameter = nn.Parameter(torch.tensor(start / gain))
 
     def forward(self) -> Tensor:
         """The share, a scalar."""
+        bounds = (0.0, self.most / self.gain)
         if self.training:
-            # A projection, so that a share that fell below 0 still feels its gradient. Not seen by autograd: a second
-            # call in the same pass changes nothing.
-            self.parameter.data.clamp_(min=0)
-        return self.gain * self.parameter.clamp(min=0)
+            # A projection, so that a share that left the interval still feels its gradient. Not seen by autograd: a
+            # second call in the same pass changes nothing.
+            self.parameter.data.clamp_(*bounds)
+        return self.gain * self.parameter.clamp(*bounds)
 
     def extra_repr(self) -> str:
         """The present share, for printing."""
-        return f"{self.gain * float(self.parameter.detach()):.3g}"
+        return f"{float(self().detach()):.3g}"
 
 
 class Blend(nn.Module):

@@ -1,8 +1,9 @@
 """The max-sliced Wasserstein distance between what enters and what leaves a block, as a number and as a loss term.
 
-Guez et al., "LaCoOT: Layer Collapse through Optimal Transport", ICCV 2025: pressed together during training, the two
-distributions let whole blocks go afterwards. Cost: sorting [batch, projections] numbers twice per block and step, and
-two matrix products of the features with the directions.
+Quétu, Liao, Hezbri, Pizzati, Tartaglione, "LaCoOT: Layer Collapse through Optimal Transport", ICCV 2025 (arXiv
+2406.08933): pressed together during training, the two distributions let whole blocks go afterwards. Cost: sorting
+[batch, projections] numbers twice per block and step, and two matrix products of the features with the directions;
+measured, a step takes about a quarter longer.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ def max_sliced_wasserstein(
         for _ in range(optimise):
             directions = _ascended(x, y, directions, p)
     largest = _costs(x, y, directions, p).max()
-    positive = largest > 0  # the p-th root has no finite slope at 0, where the gradient is 0 in the mean of both sides
-    distance = torch.where(positive, torch.where(positive, largest, 1.0) ** (1 / p), 0.0)
+    equal = largest == 0  # the p-th root has no finite slope at 0, where the gradient is 0 in the mean of both sides
+    distance = torch.where(equal, 0.0, torch.where(equal, 1.0, largest) ** (1 / p))
     return distance / _size(x, ascended=optimise > 0) if relative else distance
 
 
