@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from palmette.depth.opening import Loaders, opened
+from palmette.depth.rounds import search
+from palmette.depth.session import Settings
+from palmette.registry import get_method
 from palmette.train.loop import HealConfig, heal
 
 
@@ -59,3 +65,23 @@ def trained() -> nn.Module:
     model = make_net()
     heal(model, Blobs().train, HealConfig(epochs=4, lr=5e-2), seed=1)
     return model.eval()
+
+
+@pytest.fixture
+def searched(trained, blobs, tmp_path):
+    """The rounds alone, without timing, export and report: `searched(method, ...)` -> (what they found, its stages)."""
+
+    def run(method: str, *, heal: HealConfig, rounds: int, reproduce: bool = False, **config):
+        chosen = get_method(method)
+        settings = Settings(max_drop=100.0, rounds=rounds, reproduce=reproduce, pad="exact" if reproduce else "repad")
+        request = {"example_inputs": None, "config": chosen.make_config(**config), "resume": False, "cost": "macs"}
+        rest = {"protect": (), "loss_fn": None, "metric": None, "names": {}}
+        data, folder = Loaders(train=blobs.train, val=blobs.val), tmp_path / "run"
+        with opened(
+            data, model=trained, method=chosen, settings=settings, heal=heal, run_dir=folder, **request, **rest
+        ) as session:
+            found = search(session, {"accuracy": 1.0}, lambda _: None)
+        stages = {file.stem: json.loads(file.read_text())["value"] for file in (folder / "stages").glob("*.json")}
+        return found, stages
+
+    return run

@@ -12,7 +12,6 @@ from torch import nn
 from palmette.depth import lacoot
 from palmette.depth.change import Change, changes
 from palmette.depth.lacoot import LacootConfig
-from palmette.depth.shrink import shrink
 from palmette.errors import DataError
 from palmette.graph import Candidate, Plan, capture, drop, find_sites
 from palmette.registry import get_method
@@ -140,9 +139,10 @@ def test_blocks_trained_with_it_can_be_dropped(trained, blobs) -> None:
 
 
 @pytest.mark.parametrize("reproduce", [False, True])
-def test_it_shrinks_and_heals_in_the_sound_form_only(trained, blobs, quick, reproduce, tmp_path) -> None:
-    fixed = {"method": "lacoot", "cost": "macs", "heal": quick, "controls": False, "max_drop": 100.0}
-    result = shrink(trained, blobs.train, blobs.val, rounds=2, reproduce=reproduce, run_dir=tmp_path / "run", **fixed)
-    assert [edit.kind for edit in result.plan] == ["drop", "drop"]
-    assert (tmp_path / "run" / "stages" / "shrink-prepared.json").exists()
-    assert (tmp_path / "run" / "stages" / "shrink-001-heal.json").exists() is not reproduce
+def test_blocks_go_one_by_one_and_are_healed_in_the_sound_form_only(searched, quick, reproduce) -> None:
+    found, stages = searched("lacoot", heal=quick, rounds=2, reproduce=reproduce)
+    assert [edit.kind for edit in found.branch.plan] == ["drop", "drop"]
+    assert [entry.removed for entry in found.rounds] == [1, 1]
+    assert set(stages["shrink-prepared"]["found"]) == {"1", "2", "3"}
+    assert ("shrink-001-heal" in stages) is not reproduce
+    assert found.branch.trainings == (1 if reproduce else 3)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 
 import pytest
 import torch
@@ -12,11 +11,9 @@ from torch import nn
 from palmette.depth import layer_folding
 from palmette.depth.layer_folding import LayerFoldingConfig
 from palmette.depth.prepared import keep
-from palmette.depth.shrink import shrink
 from palmette.errors import InputError
 from palmette.graph import Candidate, Plan, capture, find_sites
 from palmette.graph.blend import blends
-from palmette.registry import get_method
 from palmette.train.evaluate import evaluate
 from palmette.train.loop import HealConfig, heal
 
@@ -155,23 +152,10 @@ def test_a_network_without_shares_is_refused_and_a_new_activation_counts_as_acti
 
 
 @pytest.mark.parametrize("reproduce", [False, True])
-def test_it_shrinks_in_one_round_what_has_folded(trained, blobs, reproduce, tmp_path) -> None:
-    config = get_method("layer_folding").make_config(weight=1.0)
-    result = shrink(
-        trained,
-        blobs.train,
-        blobs.val,
-        method="layer_folding",
-        config=config,
-        heal=HealConfig(epochs=6, lr=0.05),
-        cost="macs",
-        controls=False,
-        max_drop=100.0,
-        rounds=1,
-        reproduce=reproduce,
-        run_dir=tmp_path / "run",
-    )
-    shares = json.loads((tmp_path / "run" / "stages" / "shrink-prepared.json").read_text())["value"]["found"]
-    folded = {path for path, share in shares.items() if share >= 0.9}
-    assert {edit.site for edit in result.plan} == folded
+def test_what_has_folded_goes_in_the_first_round(searched, reproduce) -> None:
+    heal = HealConfig(epochs=6, lr=0.05)
+    found, stages = searched("layer_folding", heal=heal, rounds=1, reproduce=reproduce, weight=1.0)
+    folded = {path for path, share in stages["shrink-prepared"]["found"].items() if share >= 0.9}
+    assert {edit.site for edit in found.branch.plan} == folded
     assert len(folded) == (0 if reproduce else 3), "from 0 the paper's shares take a long training to arrive"
+    assert [entry.removed for entry in found.rounds] == ([] if reproduce else [3])
