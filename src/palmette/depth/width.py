@@ -46,9 +46,10 @@ def prune_width(
     """A captured network with about `ratio` of its channels removed; it needs healing. `network` stays untouched.
 
     network: plain or captured, edited or collapsed. example_inputs: tensors [batch, ...]. ratio: 0 to 1, of every set
-    of layers that share channels; what stays is rounded to a multiple of `round_to`. importance: "l2", the norm of all
-    weights of a channel, or "taylor", the change of the loss to first order (Molchanov et al., CVPR 2019) on the
-    batches of `loader`. protect: path prefixes of layers that keep their outputs. keep_first: so does the first layer.
+    of layers that share channels. round_to: the nearest multiple of it stays (runtimes compute channels in blocks of 8
+    or 16, see `palmette.graph.dead.MULTIPLES`). importance: "l2", the norm of all weights of a channel, or "taylor",
+    the change of the loss to first order (Molchanov et al., CVPR 2019) on the batches of `loader`. protect: path
+    prefixes of layers that keep their outputs. keep_first: so does the first layer.
 
     The output keeps its shape. Raises InputError (options), DataError (an empty loader), MissingDependency without
     torch-pruning, CaptureError for a network that does not trace.

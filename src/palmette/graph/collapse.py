@@ -21,7 +21,7 @@ from palmette.graph.affine import (
     with_edge,
 )
 from palmette.graph.capture import example_of, is_captured, make_inputs, set_shapes
-from palmette.graph.dead import MULTIPLE, narrow_dead
+from palmette.graph.dead import narrow_where_it_pays
 from palmette.graph.narrowing import narrowings
 from palmette.graph.ops import ChannelAffine, module_of, op_name, remove_dead
 from palmette.graph.paths import Element, Path, Reader
@@ -55,8 +55,8 @@ def collapse(
 
     Uses the current (healed) weights of `edited`, which stays untouched. `cost`: "macs", a runtime ("eager",
     "onnxruntime") that is timed at batch 1, or a stored cost table; merges that do not lower it are refused unless
-    `force`. Merges that would change border pixels are refused unless `allow_inexact`. `dead`: take out channels that
-    carry nothing afterwards, of all layers that write or read them. Algebra in float64.
+    `force`. Merges that would change border pixels are refused unless `allow_inexact`. `dead`: channels that carry
+    nothing go from all layers that write or read them, unless that is measured to be no faster. Algebra in float64.
     Raises InputError if `edited` did not come from Plan.apply.
     """
     if not is_captured(edited):
@@ -71,7 +71,9 @@ def collapse(
     worker = _Worker(gm, record, table, force, allow_inexact)
     _finish(gm, worker.run())
     if dead:
-        record.narrowed += narrow_dead(gm, MULTIPLE).narrowed
+        gm, found = narrow_where_it_pays(gm, table)
+        record.narrowed += found.narrowed
+        record.dead_kept = found.refused
     return gm, record
 
 

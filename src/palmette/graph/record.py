@@ -29,12 +29,16 @@ class MergeRecord:
 
 @dataclass
 class CollapseRecord:
-    """What `collapse` did: merges, former activations absorbed elsewhere, dead channels deleted."""
+    """What `collapse` did: merges, former activations absorbed elsewhere, dead channels deleted.
+
+    `dead_kept`: why dead channels stayed, "" if none did or there were none.
+    """
 
     merges: list[MergeRecord] = field(default_factory=list)
     narrowed: list[dict[str, Any]] = field(default_factory=list)
     absorbed: list[str] = field(default_factory=list)
     cost: str = ""
+    dead_kept: str = ""
 
     @property
     def done(self) -> list[MergeRecord]:
@@ -48,6 +52,7 @@ class CollapseRecord:
             "narrowed": self.narrowed,
             "absorbed": self.absorbed,
             "cost": self.cost,
+            "dead_kept": self.dead_kept,
         }
 
     def __str__(self) -> str:
@@ -57,4 +62,6 @@ class CollapseRecord:
             lines.append(
                 f"  {' + '.join(m.members)}: {m.macs_before / 1e6:.2f} -> {m.macs_after / 1e6:.2f} M MACs, {state}"
             )
+        if self.dead_kept:
+            lines.append(f"  dead channels stay: {self.dead_kept}")
         return "\n".join(lines)
