@@ -69,17 +69,19 @@ def trained() -> nn.Module:
 
 @pytest.fixture
 def searched(trained, blobs, tmp_path):
-    """The rounds alone, without timing, export and report: `searched(method, ...)` -> (what they found, its stages)."""
+    """The rounds alone, without timing, export and report: `searched(method, ...)` -> (what they found, its stages).
 
-    def run(method: str, *, heal: HealConfig, rounds: int, reproduce: bool = False, **config):
+    A second call of the same `name` resumes.
+    """
+
+    def run(method: str, *, heal: HealConfig, rounds: int, reproduce: bool = False, name: str = "run", **config):
         chosen = get_method(method)
         settings = Settings(max_drop=100.0, rounds=rounds, reproduce=reproduce, pad="exact" if reproduce else "repad")
-        request = {"example_inputs": None, "config": chosen.make_config(**config), "resume": False, "cost": "macs"}
+        request = {"example_inputs": None, "config": chosen.make_config(**config), "cost": "macs"}
         rest = {"protect": (), "loss_fn": None, "metric": None, "names": {}}
-        data, folder = Loaders(train=blobs.train, val=blobs.val), tmp_path / "run"
-        with opened(
-            data, model=trained, method=chosen, settings=settings, heal=heal, run_dir=folder, **request, **rest
-        ) as session:
+        data, folder = Loaders(train=blobs.train, val=blobs.val), tmp_path / name
+        request |= {"run_dir": folder, "resume": folder.exists()}
+        with opened(data, model=trained, method=chosen, settings=settings, heal=heal, **request, **rest) as session:
             found = search(session, {"accuracy": 1.0}, lambda _: None)
         stages = {file.stem: json.loads(file.read_text())["value"] for file in (folder / "stages").glob("*.json")}
         return found, stages

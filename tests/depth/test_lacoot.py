@@ -17,6 +17,7 @@ from palmette.graph import Candidate, Plan, capture, drop, find_sites
 from palmette.registry import get_method
 from palmette.train.evaluate import evaluate
 from palmette.train.loop import HealConfig, heal
+from palmette.train.trainer import Trainer
 from palmette.train.wasserstein import max_sliced_wasserstein
 
 
@@ -146,3 +147,27 @@ def test_blocks_go_one_by_one_and_are_healed_in_the_sound_form_only(searched, qu
     assert set(stages["shrink-prepared"]["found"]) == {"1", "2", "3"}
     assert ("shrink-001-heal" in stages) is not reproduce
     assert found.branch.trainings == (1 if reproduce else 3)
+
+
+@pytest.mark.parametrize("method", ["lacoot", "layer_folding", "depthshrinker"])
+@pytest.mark.parametrize("after", [1, 7])
+def test_a_run_cut_off_in_its_ingredient_goes_on_to_the_same_weights(searched, monkeypatch, method, after) -> None:
+    heal = HealConfig(epochs=2, lr=0.05, checkpoint_every_steps=1)
+    whole, stages = searched(method, heal=heal, rounds=1, name="whole")
+    plain, done = Trainer._train_step, []
+
+    def counted(self, batch) -> None:
+        if len(done) == after:
+            raise KeyboardInterrupt
+        done.append(1)
+        plain(self, batch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_train_step", counted)
+        with pytest.raises(KeyboardInterrupt):
+            searched(method, heal=heal, rounds=1, name="cut")
+    resumed, again = searched(method, heal=heal, rounds=1, name="cut")
+    assert again["shrink-prepared"] == stages["shrink-prepared"]
+    ours, theirs = resumed.branch.network.state_dict(), whole.branch.network.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

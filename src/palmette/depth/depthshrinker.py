@@ -63,7 +63,7 @@ class Gates(nn.Module):
         gates = self.values()
         on = torch.zeros_like(gates)
         on[gates.detach().argsort(descending=True, stable=True)[: self.keep]] = 1.0
-        return on + gates - gates.detach()
+        return on + (gates - gates.detach())
 
     def margins(self) -> list[float]:
         """Each gate minus the middle between the lowest that is on and the highest that is off: below 0 means off."""
