@@ -26,6 +26,16 @@ def test_measure_gathers_what_the_parts_say(build: Callable[[str], Network]) -> 
     assert [(entry.runtime, entry.batch) for entry in cost.latency] == [("eager", 3), ("onnxruntime", 3)]
 
 
+def test_measure_times_every_runtime_that_is_asked_for(build: Callable[[str], Network]) -> None:
+    pytest.importorskip("openvino", reason="openvino is not installed")
+    model, inputs, _captured = build("residual")
+    cost = measure(model, inputs, runtimes=("openvino", "onnxruntime"), threads=1)
+    assert [(entry.runtime, entry.dtype) for entry in cost.latency] == [
+        ("openvino", "float32"),
+        ("onnxruntime", "float32"),
+    ]
+
+
 def test_measure_takes_every_form_of_input(network: Network) -> None:
     model, inputs, captured = network
     cost = measure(model, inputs, runtimes=())

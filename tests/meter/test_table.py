@@ -27,8 +27,14 @@ def no_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table, "macs", fail)
 
 
-@pytest.mark.parametrize("runtime", ["eager", "onnxruntime", "macs"])
+slow = pytest.mark.slow
+CLOCKS = ["eager", "onnxruntime", "openvino", "macs", *(pytest.param(r, marks=slow) for r in ("compile", "executorch"))]
+
+
+@pytest.mark.parametrize("runtime", CLOCKS)
 def test_what_was_measured_is_journaled_and_looked_up(runtime: str, tmp_path: Path) -> None:
+    if runtime in ("openvino", "executorch"):
+        pytest.importorskip(runtime, reason=f"{runtime} is not installed")
     path = tmp_path / "costs.json"
     first = CostTable(runtime, path)
     pair = first.compare("merge a", LARGE, SMALL, X)
