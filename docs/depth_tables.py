@@ -22,11 +22,14 @@ NETWORKS = {
 """What benchmarks/depth/compare.py knows, in the order of the page."""
 TITLES = {"onnxruntime": "ONNX Runtime", "eager": "eager"}
 CONTROLS = ("random", "torch-pruning", "distiller", "dense +")
-PLAIN = {"search": "Depth: what the search costs", "text": "Depth: text"}
-"""Results that hold nothing but `rows` of plain values, and their headings."""
+SEARCHES = """
+`auto`, and EASIER in the paper's form (one activation a round, each round a training), on `{network}` and the digits;
+every training is as long as that of the dense network, {epochs} epochs. Seconds include timing, searching and export.
+"""
 ENTROPY = """
-An entropy pass over all {activations} activations of {network}, {images} images, against a plain forward pass, in
-processor time: median and quartiles of {repeats} repeats.
+Entropy passes over all {activations} activations of {network}, {images} images, against a forward pass of the same
+graph, timed in turn in processor time: median and quartiles of {repeats} repeats. A second forward pass shows the
+noise.
 """
 SCORES = """
 One scoring of all sites of a ResNet-50 on 1,000 images of 64 pixels, in batches of 50. Scores that read what a training
@@ -68,10 +71,10 @@ def depth_sections() -> list[str]:
         content = json.loads(path.read_text())
         for figures in content.get("runs", [content]):
             parts += [f"## Front: {NETWORKS.get(network, network)}", front(figures), escape(figures.get("message", ""))]
-    for name, title in PLAIN.items():
-        result = stored(name)
-        if result and result.get("rows"):
-            parts += [f"## {title}", plain(result["rows"]), said(result)]
+    parts += searches()
+    text = stored("text")
+    if text and text.get("rows"):
+        parts += ["## Depth: text", plain(text["rows"]), said(text)]
     return parts + overhead()
 
 
@@ -180,20 +183,50 @@ def clock(row: dict[str, Any], dense: dict[str, Any], runtime: str) -> str:
 # ---- looking, and plain rows -----------------------------------------------------------------------------------------
 
 
+def searches() -> list[str]:
+    """What `auto` costs in trainings and seconds beside a method that trains for every removal, and its exactness."""
+    result = stored("search")
+    if not result:
+        return []
+    rows = [
+        (
+            f"`{row['method']}`",
+            str(row["trainings"]),
+            f"{row['seconds']:.0f}",
+            f"{row['dense_trainings']:.1f}",
+            f"{row['macs']:,}",
+            f"{100 * row['accuracy']:.2f}",
+        )
+        for row in result["rows"]
+    ]
+    tried = result["knapsack"]
+    verdict = "agrees" if tried["agree"] else "does not agree"
+    n = f"top-1, %, n = {result['rows'][0]['n']:,}"
+    return [
+        "## Depth: what the search costs",
+        SEARCHES.format(**result),
+        table(("", "trainings", "seconds", "in trainings of the dense network", "MACs left", n), rows),
+        f"The knapsack {verdict} with brute force, for every saving, on {tried['instances']} random small instances: "
+        f"{tried['seconds']:.2f} s against {tried['brute_force_seconds']:.2f} s. 1 thread, "
+        + escape(result["hardware"])
+        + ". Measured by `python benchmarks/depth/search.py`.",
+    ]
+
+
 def overhead() -> list[str]:
     """What an entropy pass costs, and how often a score reads the data."""
     result = stored("overhead")
     if not result:
         return []
     passes = result["entropy"]
-    looked = [(r["rule"], f"{r['ratio']:.2f} [{r['low']:.2f}, {r['high']:.2f}]") for r in passes["rows"]]
+    looked = [(r["pass"], f"{r['ratio']:.2f} [{r['low']:.2f}, {r['high']:.2f}]") for r in passes["rows"]]
     scored = [
         (f"`{r['method']}`", str(r["sites"]), f"{r['passes']:g}", f"{r['seconds']:.1f}") for r in result["scores"]
     ]
     return [
         "## Depth: what looking costs",
         ENTROPY.format(**passes),
-        table(("what is counted", "times a plain pass"), looked),
+        table(("pass", "times a forward pass"), looked),
         SCORES,
         table(("method", "sites", "passes over the data", "seconds"), scored),
         "Measured by `python benchmarks/depth/overhead.py`.",

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from palmette.compat import declare_missing_schemas
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHELLS = ("bash", "sh", "shell", "console")
@@ -52,6 +54,7 @@ def blocks(page: Path) -> list[Block]:
 
 
 def run_page(page: Path, chosen: list[Block], folder: Path) -> int:
+    declare_missing_schemas()  # pages import transformers, which fails beside a torchvision for another torch
     namespace: dict[str, object] = {"__name__": "__docs__"}
     done = 0
     for block in chosen:

@@ -97,7 +97,7 @@ def curve(
         names={"command": command_line(), "model": model, "data": data},
         say=tables.say,
     )
-    tables.console.print(tables.accounting(result.rows, result.split))
+    tables.console.print(tables.front(result.rows, result.split, result.best))
     for line in tables.measured_on(result.rows):
         tables.say(line)
     tables.say(result.message)

@@ -31,6 +31,21 @@ def accounting(rows: list[dict[str, Any]], split: str) -> Table:
     return table
 
 
+def front(rows: list[dict[str, Any]], split: str, best: str) -> Table:
+    """The networks of a curve, one per line because there may be many; a star marks the best."""
+    table = _table(f"The front ({split} data, {rows[0]['n']:,} samples)")
+    table.add_column("")
+    for entry in rows[0]["latency"]:
+        table.add_column(f"{entry['runtime']}, ms", justify="right")
+    table.add_column("top-1, %", justify="right")
+    table.add_column("points against dense", justify="right", no_wrap=True)
+    for row in rows:
+        times = [f"{entry['median_ms']:.3f}" for entry in row["latency"]]
+        points = f"{row['difference'][0]:+.2f} {_difference_interval(row)}" if row["difference"] else ""
+        table.add_row(f"{row['name']}{' *' * (row['name'] == best)}", *times, f"{100 * row['accuracy']:.2f}", points)
+    return table
+
+
 def _lines(first: dict[str, Any]) -> list[tuple[str, Callable[[dict[str, Any]], str]]]:
     from palmette.report.words import count, size
 

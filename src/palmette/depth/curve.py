@@ -8,6 +8,7 @@ chosen on validation data and reported on test data. On request every point is a
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,7 +161,7 @@ def _run(session: Session, count: int, width: tuple[float, ...], int8: bool, say
     if int8:
         variants += quantised(session, variants, say)
     rows = _rows(session, variants)
-    best = _best(rows, session.settings.max_drop)
+    best = _best(rows, session.settings.max_drop, session.table.runtime)
     return _written(session, variants, rows, points, best)
 
 
@@ -190,18 +191,25 @@ def _rows(session: Session, variants: Sequence[Contender]) -> list[dict[str, Any
     ]
 
 
-def _best(rows: Sequence[dict[str, Any]], max_drop: float) -> str:
-    """The fastest row (by the first runtime timed) within `max_drop` points of dense on validation data."""
+def _best(rows: Sequence[dict[str, Any]], max_drop: float, runtime: str) -> str:
+    """The fastest row within `max_drop` points of dense on validation data; the control cannot win."""
     dense = rows[0]["val"]["accuracy"]
     kept = [row for row in rows if 100 * (dense - row["val"]["accuracy"]) <= max_drop]
-    return str(min(kept, key=lambda row: row["latency"][-1]["median_ms"])["name"])
+    kept = [row for row in kept if not row["name"].startswith("dense +")]
+    return str(min(kept, key=lambda row: float(_clock(row, runtime)["median_ms"]))["name"])
 
 
-def _message(rows: Sequence[dict[str, Any]], best: str, max_drop: float) -> str:
+def _clock(row: dict[str, Any], runtime: str) -> dict[str, Any]:
+    """A row's latency in the runtime that decided; the last that was timed where that one was not."""
+    found: list[dict[str, Any]] = row["latency"]
+    return next((entry for entry in found if entry["runtime"] == runtime), found[-1])
+
+
+def _message(rows: Sequence[dict[str, Any]], best: str, max_drop: float, runtime: str) -> str:
     dense, row = rows[0], next(row for row in rows if row["name"] == best)
     if row is dense:
         return f"No other network stayed within {max_drop:g} points of the dense one on validation data."
-    clock, before = row["latency"][-1], dense["latency"][-1]
+    clock, before = _clock(row, runtime), _clock(dense, runtime)
     difference, low, high = row["difference"]
     within = "within" if -low <= max_drop else "not resolved against"
     return (
@@ -214,14 +222,15 @@ def _message(rows: Sequence[dict[str, Any]], best: str, max_drop: float) -> str:
 def _written(
     session: Session, variants: Sequence[Contender], rows: list[dict[str, Any]], points: Sequence[Point], best: str
 ) -> CurveResult:
-    message, folder = _message(rows, best, session.settings.max_drop), session.run.folder
+    message = _message(rows, best, session.settings.max_drop, session.table.runtime)
+    folder = session.run.folder
     split = "val" if session.test is None else "test"
     report = None
     if session.keep:
         for variant in itertools.islice(variants, 1, None):
             if not variant.int8:
-                file = folder / f"{variant.name.replace(' ', '-')}.safetensors"
-                save_network(variant.network, file, source=session.model)
+                name = re.sub(r"[^a-z0-9]+", "-", variant.name).strip("-")
+                save_network(variant.network, folder / f"{name}.safetensors", source=session.model)
         front = [{"loss": p.loss, "macs": p.macs, "latency_ms": p.latency_ms, "removals": list(p.keys)} for p in points]
         figures = session.described() | {
             "kind": "curve",
