@@ -181,7 +181,7 @@ def score_passes(names: list[str]) -> list[dict[str, Any]]:
 
 
 def scored(network: fx.GraphModule, method: Method) -> dict[str, Any]:
-    """One scoring of all sites, in seconds of processor time. A score that only reads what a training found is given findings of 0."""
+    """One scoring, in seconds of processor time; a score that only reads what a training found is given zeros."""
     loader, found = Counting(1000, 50, 64), ranked(network, method)
     paths = {site.path for candidate in found for site in candidate.sites}
     begun = time.process_time()

@@ -47,7 +47,7 @@ def test_it_behaves_as_every_method_must() -> None:
 )
 def test_states_agree_with_samples(mean, std, level, seed) -> None:
     sample = mean + std * torch.randn(20_000, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    model = Gaussian(mean=torch.tensor([mean]).double(), std=torch.tensor([std]).double())
+    model = Gaussian(mean=torch.tensor([mean], dtype=torch.float64), std=torch.tensor([std], dtype=torch.float64))
     share = float((sample <= level).double().mean())
     assert float(model.below(level)) == pytest.approx(share, abs=0.02)
 
