@@ -29,12 +29,15 @@ from torch import Tensor, nn
 
 from palmette import graph
 from palmette.errors import PalmetteError
+from palmette.graph.candidates import EDITS
 from palmette.graph.inputs import call, main_output
 
 RESULTS = Path(__file__).parent / "results" / "coverage.json"
 FLOAT64_BOUND, FLOAT32_BOUND = 1e-10, 1e-4
 FITS = ("affine", "mask", "identity")
 PADS = ("repad", "bias_map", "exact")
+OTHERS = {"drops": "drop", "fits": "fit_linear", "parallel": "parallelize", "identities": "identity"}
+"""Columns of the table for edits that are no linearisations."""
 PLANS = 3
 
 
@@ -120,7 +123,7 @@ def _draws(network: nn.Module, x: Any) -> bool:
 def check_sites(row: dict[str, Any], captured: nn.Module, example: Any) -> str:
     """Counts the sites and says why those that cannot be removed cannot."""
     sites = graph.find_sites(captured, example)
-    for kind in ("activation", "block"):
+    for kind in ("activation", "block", "convolution"):
         of_kind = [s for s in sites if s.kind == kind]
         row[f"{kind}s"], row[f"{kind}s_removable"] = len(of_kind), sum(s.removable for s in of_kind)
     unexplained = [s.path for s in sites if not s.removable and not s.reason]
@@ -137,10 +140,12 @@ def check_plan(row: dict[str, Any], family: Family, pair: tuple[nn.Module, nn.Mo
     """
     plan, pad, edited = draw_plan(family, pair[0], example, random.Random(f"{family.key} {seed}"))
     done: dict[str, Any] = {"seed": seed, "edits": len(plan), "pad": pad}
-    done["dropped"] = sum(edit.kind == "drop" for edit in plan)
+    done["kinds"] = {kind: sum(edit.kind == kind for edit in plan) for kind in sorted({e.kind for e in plan})}
+    done["dropped"] = done["kinds"].get("drop", 0)
     row.setdefault("plans", []).append(done)
     small, record = graph.collapse(edited, cost="macs", force=True)
     done["merged"] = sum(m.done for m in record.merges)
+    done["wide"] = sum(m.done and "side by side" in m.reason for m in record.merges)
     done["refused"] = sorted({m.reason for m in record.merges if not m.done})[:4]
     done["parameters"] = sum(p.numel() for p in small.parameters())
     done["float32"] = worst_error(family, edited, small)
@@ -159,39 +164,58 @@ def check_plan(row: dict[str, Any], family: Family, pair: tuple[nn.Module, nn.Mo
 def check_merges(row: dict[str, Any]) -> str:
     """Merges or drops were done, or the reasons why none is possible were printed."""
     row["merges"] = sum(p.get("merged", 0) for p in row.get("plans", []))
-    row["drops"] = sum(p.get("dropped", 0) for p in row.get("plans", []))
+    for name, kind in OTHERS.items():
+        row[name] = sum(p.get("kinds", {}).get(kind, 0) for p in row.get("plans", []))
+    row["wide"] = sum(p.get("wide", 0) for p in row.get("plans", []))
     for dtype in ("float64", "float32"):
         row[f"worst_{dtype}"] = max((p[dtype] for p in row.get("plans", []) if dtype in p), default=None)
     possible = row.get("activations_removable", 0) + row.get("blocks_removable", 0)
-    if possible and not row["merges"] + row["drops"]:
-        return f"{possible} sites are removable but nothing was merged or dropped"
+    if possible and not row["merges"] + sum(row[name] for name in OTHERS):
+        return f"{possible} sites are removable but nothing was merged, dropped or replaced"
     return "" if possible or row.get("reasons") else "nothing is removable and no reason is given"
 
 
 # random legal plans
 
 
-def draw_plan(family: Family, model: nn.Module, example: Any, rng: random.Random) -> tuple[graph.Plan, str, nn.Module]:
-    """A random subset of the removable sites with random fits, the padding policy, and the network edited by it.
+def draw_plan(family: Family, model: Any, example: Any, rng: random.Random) -> tuple[graph.Plan, str, nn.Module]:
+    """A random subset of the removable sites with random edits, the padding policy, and the network edited by it.
 
-    Blocks may hold each other and activations of the plan, so that it is refused: blocks are then given up, one by one.
+    Blocks and spans may hold each other and activations of the plan, so that it is refused: what is no linearisation is
+    then given up, one by one.
     """
     pad = rng.choice(PADS)
     sites = [s for s in graph.find_sites(model, example, pad=pad) if s.removable]
     chosen = {p for s in sites if s.kind == "activation" and rng.random() < 0.6 for p in s.partners or (s.path,)}
     edits = [graph.linearize(path, fit=rng.choice(FITS)) for path in sorted(chosen)]
-    blocks = [s for s in sites if s.kind == "block"]
-    drops = [graph.drop(s) for s in rng.sample(blocks, min(len(blocks), rng.randint(1, 3)))]
+    others = other_edits(model, example, rng)
     loader = [(inputs(family, 4, seed), torch.zeros(4, dtype=torch.long)) for seed in (50, 51)]
     while True:
-        plan = graph.Plan([*edits, *drops])
+        plan = graph.Plan([*edits, *others])
         try:
             fitted = plan.fit(model, loader, example)
             return fitted, pad, fitted.apply(model, example, pad=pad)
         except PalmetteError:
-            if not drops:
+            if not others:
                 raise
-            drops.pop()
+            others.pop()
+
+
+def other_edits(model: Any, example: Any, rng: random.Random) -> list[graph.Edit]:
+    """Random edits of other kinds: a drop of blocks, a linear fit, parallel blocks, convolutions to identities."""
+    found: dict[str, list[graph.Candidate]] = {}
+    for kind, kinds in EDITS.items():
+        for edit in kinds if kind != "activation" else ():
+            pool = graph.candidates(model, example, kind=kind, edit=edit, longest=4)
+            found.setdefault(edit, []).extend(c for c in pool if c.sites[0].removable)
+    picked = [
+        rng.sample(found["parallelize"], min(len(found["parallelize"]), rng.randint(0, 2))),
+        rng.sample(found["fit_linear"], min(len(found["fit_linear"]), rng.randint(0, 1))),
+        rng.sample(found["identity"], min(len(found["identity"]), rng.randint(0, 2))),
+        rng.sample(found["drop"], min(len(found["drop"]), rng.randint(1, 2))),
+    ]
+    unique = {(e.kind, e.site): e for pool in picked for c in pool for e in graph.edits_of(c)}
+    return list(unique.values())
 
 
 # small tools
@@ -268,8 +292,9 @@ def _rounding(row: dict[str, Any]) -> str:
 
 def format_table(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table, failures below it."""
-    head = "| family | input | passes | activations | blocks | merged | dropped | float64 | float32 | (rounding) | s |"
-    lines = [head, "|---|---|---|---|---|---|---|---|---|---|---|"]
+    titles = ("family", "input", "passes", "activations", "blocks", "merged", "dropped", "fitted", "parallel (wide)")
+    titles += ("identities", "float64", "float32", "(rounding)", "s")
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for row in rows:
         cells = [
             row["family"],
@@ -279,6 +304,9 @@ def format_table(rows: list[dict[str, Any]]) -> str:
             f"{row.get('blocks_removable', 0)}/{row.get('blocks', 0)}",
             str(row.get("merges", 0)),
             str(row.get("drops", 0)),
+            str(row.get("fits", 0)),
+            f"{row.get('parallel', 0)} ({row.get('wide', 0)})",
+            str(row.get("identities", 0)),
             f"{row.get('worst_float64') or 0:.1e}",
             f"{row.get('worst_float32') or 0:.1e}",
             _rounding(row),
@@ -306,7 +334,7 @@ def run_all(options: argparse.Namespace) -> list[dict[str, Any]]:
         rows = {row["family"]: row for row in json.loads(options.output.read_text())["rows"]}
     keys = [f.key for f in families() if not options.only or f.key in options.only]
     for key in keys:
-        if rows.get(key, {}).get("passed"):
+        if rows.get(key, {}).get("passed") and OTHERS.keys() <= rows[key].keys():
             continue
         rows[key] = run_isolated(key, seconds=options.seconds, gibibytes=options.memory)
         _store(options.output, rows)

@@ -264,7 +264,7 @@ def cases(draw: Any) -> Case:
     layers: list[nn.Module] = []
     for _ in range(draw(st.integers(1, 3))):
         if image:
-            step = b.pick(b.conv, b.conv, b.conv, b.residual, b.chain, b.inverted, b.branches, b.other)
+            step = b.pick(b.conv, b.conv, b.conv, b.residual, b.chain, b.chain, b.inverted, b.branches, b.other)
         else:
             step = b.pick(b.linear, b.linear, b.mlp, b.stack, b.stack, b.tied, b.twice, b.split)
         layers += [*step(), *b.maybe_act()]

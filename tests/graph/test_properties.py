@@ -51,14 +51,16 @@ def random_plan(case: Case, captured: Any) -> tuple[Plan, str, nn.Module] | None
 
 
 def other_edits(case: Case, captured: Any, rng: random.Random) -> list[Edit]:
-    """Up to two random edits that are no linearisations: every kind of edit that the network allows is as likely."""
-    pools = []
+    """Up to two random edits that are no linearisations, of every kind; the rarest, parallel blocks, more often."""
+    pools = {}
     for kind, edit in [(kind, edit) for kind, edits in EDITS.items() for edit in edits if kind != "activation"]:
         found = candidates(captured, case.x, kind=kind, edit=edit, longest=3)
-        pools.append([c for c in found if c.sites[0].removable])
-    pools = [pool for pool in pools if pool]
-    chosen = [rng.choice(pool) for pool in rng.sample(pools, min(len(pools), rng.choice([0, 1, 2])))]
-    unique = {(e.kind, e.site): e for c in chosen for e in edits_of(c)}
+        pools[kind, edit] = [c for c in found if c.sites[0].removable]
+    possible = [key for key, pool in pools.items() if pool]
+    kinds = rng.sample(possible, min(len(possible), rng.choice([0, 1, 2])))
+    if pools["span", "parallelize"] and rng.random() < 0.5:
+        kinds = [("span", "parallelize"), *kinds[:1]]
+    unique = {(e.kind, e.site): e for key in kinds for e in edits_of(rng.choice(pools[key]))}
     return list(unique.values())
 
 

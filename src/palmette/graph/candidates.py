@@ -27,7 +27,7 @@ from palmette.graph.sites import (
     window_of,
 )
 from palmette.graph.spans import Run, closed_reason, inside, runs
-from palmette.graph.widen import wide_reason
+from palmette.graph.widen import Strands, wide_reason
 
 if TYPE_CHECKING:
     from palmette.meter.table import CostTable
@@ -115,6 +115,7 @@ class _Finder:
         self.gains = Gains(self.reader, cost, pad) if cost is not None and cost.runtime != "macs" else None
         plain = Reader(gm)
         affine = [str(n.meta["path"]) for n in gm.graph.nodes if plain.is_affine(n)]
+        self.strands = Strands(gm)
         self.ends = {affine[0], affine[-1]} if affine else set()
 
     # -- activations ---------------------------------------------------------------------------------------------------
@@ -201,7 +202,7 @@ class _Finder:
     def _reason(self, run: Run) -> str:
         if self.edit == "drop":
             return closed_reason(run)
-        return fit_reason(self.gm, run) if self.edit == "fit_linear" else wide_reason(self.gm, run)
+        return fit_reason(self.gm, run) if self.edit == "fit_linear" else wide_reason(self.gm, run, self.strands)
 
     def convolutions(self) -> Iterator[Candidate]:
         """Every convolution and linear that keeps the shape of its input."""

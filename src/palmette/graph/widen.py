@@ -142,12 +142,15 @@ class Strands:
         return " | ".join(parts)
 
 
-def wide_reason(gm: fx.GraphModule, run: Run) -> str:
-    """Why the blocks of a run gain nothing side by side, "" if at least two of them can become one wide branch."""
+def wide_reason(gm: fx.GraphModule, run: Run, strands: Strands | None = None) -> str:
+    """Why the blocks of a run gain nothing side by side, "" if at least two of them can become one wide branch.
+
+    strands: a reader of the graph, for many runs.
+    """
     reason = parallel_reason(gm, run)
     if reason:
         return reason
-    strands = Strands(gm)
+    strands = strands or Strands(gm)
     read = [strands.read(block.source, branch) for block in run if (branch := branch_of(gm, block)) is not None]
     keys = [s.key for s in read if s is not None]
     return "" if len(set(keys)) < len(keys) else "its branches have no common wide form"
