@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from palmette import compat
 from palmette.deploy.hf_config import Kept, renumbered, shortened
@@ -78,11 +78,13 @@ def save_pretrained(
     example_inputs: Example | None = None,
     *,
     batches: Iterable[Any] | None = None,
+    dense: fx.GraphModule | None = None,
 ) -> HuggingFaceReport:
     """Write `network`, which palmette made from `source`, so that transformers loads it; returns what was proven.
 
     network: captured, edited by drops, or collapsed. source: the dense PreTrainedModel. example_inputs: of the shapes
-    that the network was captured with, by default random ones; batches: real inputs for the comparison, too.
+    that the network was captured with, by default random ones; batches: real inputs for the comparison, too. dense:
+    `source` as `capture` returned it, where that is at hand.
     Written to a temporary folder, loaded again, compared, and only then moved to `folder`, which may hold an earlier
     folder of this function and nothing else. Tokenizer files in the folder that `source` came from are copied.
     Raises InputError for something else than such networks, ExportError for a change that no class of transformers can
@@ -97,7 +99,7 @@ def save_pretrained(
     _check_target(target)
     shrunk: Any = network
     example = random_inputs(shrunk, source) if example_inputs is None else example_inputs
-    found = difference(shrunk, capture(source, example), source)
+    found = difference(shrunk, capture(source, example) if dense is None else dense, source)
     proof = Proof(shrunk, example, batches)
     errors: list[PalmetteError] = []
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -124,8 +124,9 @@ def _exports(session: Session, network: nn.Module) -> dict[str, Any]:
             found[kind] = {"error": str(error)}
     if is_hugging_face(session.model):
         try:
+            folder = session.run.path("huggingface")
             report = save_pretrained(
-                network, session.model, session.run.path("huggingface"), session.example, batches=batches
+                network, session.model, folder, session.example, batches=batches, dense=session.dense
             )
             found["huggingface"] = report.parity.to_dict() | {"standard": report.standard}
         except PalmetteError as error:
