@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -109,6 +110,15 @@ def test_methods_are_listed(capsys) -> None:
     printed = capsys.readouterr().out
     for name in ("easier", "random", "block_influence"):
         assert name in printed
+
+
+def test_the_options_of_a_method_are_listed(capsys) -> None:
+    assert run("methods", "auto") == 0
+    printed = capsys.readouterr().out
+    for line in (r"importance +answers or healed +\"answers\"", r"trainings +whole number in \[1, inf\) +3"):
+        assert re.search(line, printed), printed
+    assert run("methods", "aut") == 2
+    assert "Did you mean 'auto'?" in capsys.readouterr().err
 
 
 def test_sites_and_measure(source, capsys) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import dataclasses
+import json
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -71,15 +73,50 @@ def measure(
     tables.say(str(measure_network(network, example, profile, runtimes=runtimes, batch=batch, threads=threads)))
 
 
-def methods() -> None:
-    """List the registered methods with paper and unit of their score.
+def methods(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", show_default=False, help="A method, to see its options.")
+    ] = None,
+) -> None:
+    """List the registered methods with paper and unit of their score, or the options of one.
 
-    Example: palmette methods
+    Example: palmette methods auto
     """
+    from palmette.registry import get_method
     from palmette.registry import methods as registered
 
+    if name is not None:
+        entry = get_method(name)
+        options = [
+            (f.name, options_text(hint), json.dumps(f.default))
+            for f, hint in zip(
+                dataclasses.fields(entry.config),
+                get_type_hints(entry.config, include_extras=True).values(),
+                strict=True,
+            )
+        ]
+        tables.say(f"{entry.title}. {entry.paper}" if not entry.paper.startswith("none") else entry.title)
+        tables.say("")
+        tables.console.print(
+            tables.plain("Options, as in --option NAME=VALUE", ("name", "allowed", "default"), options)
+        )
+        return
     rows = [
         (m.name, m.sites, m.unit, m.title if m.paper.startswith("none") else f"{m.title}. {m.paper}")
         for m in registered()
     ]
     tables.console.print(tables.plain("Methods", ("name", "ranks", "unit of score", "what it does; paper"), rows))
+
+
+def options_text(hint: Any) -> str:
+    """What an option may be, from the annotation of its field, as it is typed."""
+    if get_origin(hint) is Annotated:
+        inner, *marks = get_args(hint)
+        return " ".join([options_text(inner), *(f"in {mark}" for mark in marks)])
+    if get_origin(hint) is Literal:
+        return " or ".join(str(choice) for choice in get_args(hint))
+    if get_args(hint):
+        return " or ".join(options_text(part) for part in get_args(hint))
+    return {bool: "true or false", int: "whole number", float: "number", str: "text", type(None): "null"}.get(
+        hint, getattr(hint, "__name__", str(hint))
+    )
