@@ -143,7 +143,7 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("roberta", "dist
 @pytest.mark.parametrize("family", [*QUICK, *SLOW])
 def test_whole_layers_leave_a_standard_folder(family: str, tmp_path: Path) -> None:
     model, example, dense = network(family)
-    gone = [0] if family == "swin" else [0, 2]
+    gone = [1] if family == "swin" else [0, 2]
     small = shrunk(family, layers=gone)
     report = save_pretrained(small, model, tmp_path / "folder", example, dense=dense)
     assert report.standard
@@ -157,6 +157,17 @@ def test_whole_layers_leave_a_standard_folder(family: str, tmp_path: Path) -> No
     assert kept == [i for i in range(count) if i not in gone]
     assert sum(p.numel() for p in loaded.parameters()) < sum(p.numel() for p in model.parameters())
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".tmp")] == []
+
+
+@pytest.mark.slow
+def test_a_layer_whose_place_matters_keeps_it(tmp_path: Path) -> None:
+    """Every other layer of a Swin shifts its windows: the one behind the dropped one must not take its number."""
+    model, example, dense = network("swin")
+    small = shrunk("swin", layers=[0])
+    report = save_pretrained(small, model, tmp_path / "folder", example, dense=dense)
+    assert not report.standard
+    assert report.skipped == ["swin.encoder.layers.0.blocks.0"]
+    equal(small, reloaded("swin", tmp_path / "folder", report), example)
 
 
 @pytest.mark.parametrize("family", ["gpt2", pytest.param("qwen2", marks=pytest.mark.slow)])
