@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from palmette import ranks
+import palmette.ranks as ranks
 from palmette.cli import curve, demo, files, look, shrink, tables
 from palmette.errors import PalmetteError
 

@@ -18,7 +18,7 @@ def curve(
     weights: opt.Weights = None,
     run: Annotated[Path, typer.Option("--run", "-r", metavar="DIR", help="Run folder to write.")] = Path("runs/curve"),
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")] = False,
-    points: Annotated[int, typer.Option(help="Networks to heal along the front.")] = 4,
+    points: Annotated[int, typer.Option(help="Networks to heal along the front; the fastest is always one.")] = 4,
     width: Annotated[
         list[float] | None,
         typer.Option(metavar="SHARE", help="Also prune this share of the channels at each point; may be repeated."),

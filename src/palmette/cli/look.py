@@ -87,19 +87,13 @@ def methods(
 
     if name is not None:
         entry = get_method(name)
-        options = [
-            (f.name, options_text(hint), json.dumps(f.default))
-            for f, hint in zip(
-                dataclasses.fields(entry.config),
-                get_type_hints(entry.config, include_extras=True).values(),
-                strict=True,
-            )
-        ]
-        tables.say(f"{entry.title}. {entry.paper}" if not entry.paper.startswith("none") else entry.title)
-        tables.say("")
-        tables.console.print(
-            tables.plain("Options, as in --option NAME=VALUE", ("name", "allowed", "default"), options)
-        )
+        tables.say(entry.title if entry.paper.startswith("none") else f"{entry.title}. {entry.paper}")
+        hints = get_type_hints(entry.config, include_extras=True)
+        options = [(f.name, allowed(hints[f.name]), _typed(f.default)) for f in dataclasses.fields(entry.config)]
+        if options:
+            tables.console.print(tables.plain("Options", ("--option", "allowed", "default"), options))
+        else:
+            tables.say("It has no options")
         return
     rows = [
         (m.name, m.sites, m.unit, m.title if m.paper.startswith("none") else f"{m.title}. {m.paper}")
@@ -108,15 +102,19 @@ def methods(
     tables.console.print(tables.plain("Methods", ("name", "ranks", "unit of score", "what it does; paper"), rows))
 
 
-def options_text(hint: Any) -> str:
+def _typed(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def allowed(hint: Any) -> str:
     """What an option may be, from the annotation of its field, as it is typed."""
     if get_origin(hint) is Annotated:
         inner, *marks = get_args(hint)
-        return " ".join([options_text(inner), *(f"in {mark}" for mark in marks)])
+        return " ".join([allowed(inner), *(f"in {mark}" for mark in marks)])
     if get_origin(hint) is Literal:
         return " or ".join(str(choice) for choice in get_args(hint))
     if get_args(hint):
-        return " or ".join(options_text(part) for part in get_args(hint))
+        return " or ".join(allowed(part) for part in get_args(hint))
     return {bool: "true or false", int: "whole number", float: "number", str: "text", type(None): "null"}.get(
         hint, getattr(hint, "__name__", str(hint))
     )

@@ -29,17 +29,17 @@ def shrink(
         float, typer.Option(metavar="POINTS", help="Points of validation accuracy to give up at most.")
     ] = 0.5,
     target_latency: Annotated[
-        str | None, typer.Option(metavar="TIME", help='Stop once reached: "3.2ms", or "0.5x" of the dense latency.')
+        str | None, typer.Option(metavar="TIME", help='Latency to reach: "3.2ms", or "0.5x" of the dense one.')
     ] = None,
     option: opt.MethodOption = None,
     cost: opt.CostName = None,
     threads: Annotated[int, typer.Option(help="Threads that latencies are measured with.")] = 1,
-    rounds: Annotated[int | None, typer.Option(help="At most this many rounds.")] = None,
-    step: Annotated[int, typer.Option(help="Candidates removed per round.")] = 1,
+    rounds: Annotated[int | None, typer.Option(help="At most this many rounds; of auto: trainings.")] = None,
+    step: Annotated[int, typer.Option(help="Candidates removed per round; not for auto.")] = 1,
     one_shot: Annotated[
-        bool, typer.Option("--one-shot", help="Remove to the target latency in one round, and heal once.")
+        bool, typer.Option("--one-shot", help="Remove to the target latency in one round, and heal once; not for auto.")
     ] = False,
-    patience: Annotated[int, typer.Option(help="Rounds in a row that may miss before the end.")] = 2,
+    patience: Annotated[int, typer.Option(help="Rounds in a row that may miss before the end; not for auto.")] = 2,
     protect: opt.Protect = None,
     pad: opt.Pad = None,
     epochs: opt.Epochs = None,

@@ -83,8 +83,8 @@ def measured_on(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def ranking(rows: Sequence[dict[str, Any]], unit: str) -> Table:
-    """The ranking of candidates, first to be removed on top."""
-    table = _table("Candidates, first to be removed on top")
+    """The ranking of candidates, lowest score on top."""
+    table = _table("Candidates, lowest score on top")
     table.add_column("candidate", overflow="fold")
     table.add_column(f"score, {unit}", justify="right")
     table.add_column("MACs saved", justify="right")
