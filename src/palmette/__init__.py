@@ -20,24 +20,24 @@ if TYPE_CHECKING:
     from palmette.graph import (
         Plan,
         Site,
-        candidates,
-        capture,
-        collapse,
         drop,
         find_sites,
         fit_linear,
         identity,
         linearize,
         load,
-        observe,
         parallelize,
         remove_dead_channels,
         save,
-        verify,
     )
+    from palmette.graph.candidates import candidates
+    from palmette.graph.capture import capture
+    from palmette.graph.collapse import collapse
+    from palmette.graph.observe import observe
+    from palmette.graph.verify import verify
     from palmette.meter import Cost, CostTable, measure, measure_latency
     from palmette.registry import check_method, get_method, method, methods
-    from palmette.report import render
+    from palmette.report.render import render
     from palmette.train.evaluate import evaluate
     from palmette.train.loop import HealConfig, heal
     from palmette.train.wasserstein import lacoot_term, max_sliced_wasserstein

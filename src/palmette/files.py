@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from palmette import ranks
+import palmette.ranks as ranks
 from palmette.errors import RunError
 
 TEMPORARY_PREFIX = ".tmp-"

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 import torch
 
-from palmette import ranks
+import palmette.ranks as ranks
 from palmette.errors import RunError
 from palmette.files import TEMPORARY_PREFIX, plain, read_json, remove_leftovers, write_json
 from palmette.seeding import seeded

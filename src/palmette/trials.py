@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from palmette import ranks
+import palmette.ranks as ranks
 from palmette.errors import MissingDependency, PalmetteError, RunError, error_from
 from palmette.files import plain, read_json, write_json
 from palmette.graph.ship import packed, unpacked

@@ -17,7 +17,7 @@ from typing import Any
 from lightning_fabric import Fabric
 from torch import nn
 
-from palmette import ranks
+import palmette.ranks as ranks
 from palmette.depth.accounts import Contender, account, side_by_side
 from palmette.depth.auto import explore, whole_cost
 from palmette.depth.branch import dense_again

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from palmette import ranks
+import palmette.ranks as ranks
 from palmette.depth.accounts import has_onnx
 from palmette.depth.rounds import target_ms
 from palmette.depth.session import (

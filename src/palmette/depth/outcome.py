@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from palmette import ranks
+import palmette.ranks as ranks
 from palmette.deploy import export
 from palmette.deploy.huggingface import is_hugging_face, save_pretrained
 from palmette.depth.accounts import account, contenders, has_onnx

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from lightning_fabric import Fabric
 from torch import fx, nn
 
-from palmette import ranks
+import palmette.ranks as ranks
 from palmette.errors import DataError, InputError
 from palmette.graph import Candidate, Edit, Site, candidates, edits_of, find_sites
 from palmette.graph.candidates import EDITS, is_protected

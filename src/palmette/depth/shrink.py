@@ -15,7 +15,7 @@ from typing import Any
 from lightning_fabric import Fabric
 from torch import nn
 
-from palmette import ranks
+import palmette.ranks as ranks
 from palmette.depth.accounts import side_by_side
 from palmette.depth.auto import AutoConfig, explore, ranked, whole_cost
 from palmette.depth.opening import Loaders, opened

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import fx, nn
 
-from palmette import ranks
+import palmette.ranks as ranks
 from palmette.depth.accounts import Contender, static
 from palmette.depth.session import Session
 from palmette.train.checkpoint import load_checkpoint, load_model_tensors, model_tensors, save_checkpoint

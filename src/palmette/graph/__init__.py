@@ -3,13 +3,14 @@
 from palmette.graph.affine import Affine
 from palmette.graph.candidates import Candidate, candidates, edits_of
 from palmette.graph.capture import capture, describe, is_captured, make_inputs
-from palmette.graph.collapse import CollapseRecord, MergeRecord, collapse
+from palmette.graph.collapse import collapse
 from palmette.graph.dead import DeadRecord, remove_dead_channels
 from palmette.graph.io import load, read_plan, save, structure_hash, weights_hash
 from palmette.graph.linear_fit import LinearFit, linear_residuals
 from palmette.graph.observe import Moments, observe
 from palmette.graph.parallel import cross_term, cross_terms
 from palmette.graph.plan import Edit, Plan, drop, fit_linear, identity, linearize, parallelize
+from palmette.graph.record import CollapseRecord, MergeRecord
 from palmette.graph.resize import resize
 from palmette.graph.sites import Site, find_sites
 from palmette.graph.verify import Verification, verify

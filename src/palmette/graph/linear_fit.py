@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from palmette import ranks
+import palmette.ranks as ranks
 from palmette.errors import DataError
 from palmette.graph.affine import Affine
 from palmette.graph.blocks import find_blocks
@@ -230,7 +230,7 @@ def linear_module(matrix: Tensor, dims: int, axis: int, like: Tensor | None = No
 def linear_macs(gm: fx.GraphModule, source: fx.Node) -> int:
     """MACs per sample of a linear map from what `source` puts out to the same shape."""
     shape = source.meta["shape"]
-    return math.prod(shape[1:]) * int(shape[axis_of(gm, source)])
+    return int(math.prod(shape[1:]) * shape[axis_of(gm, source)])
 
 
 # -- in a plan ---------------------------------------------------------------------------------------------------------

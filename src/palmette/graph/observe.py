@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from palmette import ranks
+import palmette.ranks as ranks
 from palmette.errors import DataError
 from palmette.graph.activations import find_activations
 from palmette.graph.blocks import find_blocks

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from torch import nn
 
-from palmette import ranks
+import palmette.ranks as ranks
 from palmette.errors import InputError, RunError
 from palmette.files import read_json, write_json
 from palmette.meter.compute import macs

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from palmette import ranks
+import palmette.ranks as ranks
 from palmette.errors import InputError
 from palmette.graph.inputs import call, main_output, split_batch, to_device
 from palmette.stats import mean_interval, wilson_interval

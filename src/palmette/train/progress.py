@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from palmette import ranks
+import palmette.ranks as ranks
 
 Report = Callable[[int, str], None]
 """`report(done, note)`: steps done so far and what to say beside the bar."""

@@ -21,7 +21,7 @@ from lightning_fabric.strategies.ddp import DDPStrategy
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, IterableDataset
 
-from palmette import ranks
+import palmette.ranks as ranks
 from palmette.errors import DataError, InputError
 from palmette.registry import Bounds, MethodConfig
 
