@@ -37,6 +37,7 @@ def test_one_file_for_one_sample(tmp_path: Path, capfd: pytest.CaptureFixture[st
     torch.testing.assert_close(found, convnet().eval()(x).detach(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_fails_keeps_the_old_file_and_leaves_no_new_one(tmp_path: Path) -> None:
     class Constant(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:

@@ -23,6 +23,9 @@ from palmette.train.evaluate import evaluate
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def digits() -> Any:
     """scikit-learn's digits."""
@@ -47,7 +50,7 @@ def trained(digits: Any) -> nn.Module:
     return model.eval()
 
 
-@pytest.mark.parametrize("calibration", ["minmax", "percentile"])
+@pytest.mark.parametrize("calibration", ["minmax", *(pytest.param(c, marks=SLOW) for c in ("entropy", "percentile"))])
 def test_int8_decides_as_the_network_and_is_smaller(
     calibration: str, digits: Any, trained: nn.Module, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -73,11 +76,11 @@ def test_int8_is_timed_beside_the_network(digits: Any, trained: nn.Module, tmp_p
     assert isinstance(made.model, OnnxModel)
     for runtime in ("eager", "onnxruntime"):
         models = {"float": trained, "int8": copy.deepcopy(made.model)}
-        found = measure_latency(models, digits.example_inputs, runtime=runtime, threads=1, runs=3, warmup=1)
+        found = measure_latency(models, digits.example_inputs, runtime=runtime, threads=1, runs=3, fast=True)
         assert [entry.dtype for entry in found.values()] == ["float32", "int8"]
 
 
-@pytest.mark.slow
+@SLOW
 def test_executorch_quantises_too(digits: Any, trained: nn.Module, tmp_path: Path) -> None:
     pytest.importorskip("executorch", reason="executorch is not installed")
     file = tmp_path / "q.pte"
@@ -158,7 +161,7 @@ def test_export_in_8_bits_from_the_command_line(
         assert words in " ".join(capsys.readouterr().err.split())
 
 
-@pytest.mark.slow
+@SLOW
 def test_resnet20_keeps_its_accuracy_in_8_bits(palmette_data: Path, tmp_path: Path) -> None:
     sys.path.insert(0, str(palmette_data))
     try:

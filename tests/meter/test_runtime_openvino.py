@@ -46,13 +46,13 @@ def convnet() -> nn.Module:
 def deviation(runtime: str, model: nn.Module, x: Tensor) -> float:
     with torch.no_grad():
         want = model(x)
-    return float((load({"m": model}, x, runtime, 1)["m"].outputs(x)[0] - want).norm() / want.norm())
+    return float((load({"m": model}, x, runtime, 1, fast=True)["m"].outputs(x)[0] - want).norm() / want.norm())
 
 
 def test_precision_is_float32_unless_bfloat16_is_asked_for() -> None:
     model, x = convnet(), torch.randn(1, 3, 8, 8)
     assert deviation("openvino", model, x) < 1e-5
-    exact = measure_latency({"m": model}, x, runtime="openvino", threads=1, runs=2, warmup=1)["m"]
+    exact = measure_latency({"m": model}, x, runtime="openvino", threads=1, runs=2, fast=True)["m"]
     assert exact.dtype == "float32"
     assert "openvino 20" in exact.hardware
     if "BF16" not in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
@@ -60,7 +60,7 @@ def test_precision_is_float32_unless_bfloat16_is_asked_for() -> None:
             need_bfloat16()
         return
     assert 1e-4 < deviation("openvino-bf16", model, x) < 0.1
-    rough = measure_latency({"m": model}, x, runtime="openvino-bf16", threads=1, runs=2, warmup=1)["m"]
+    rough = measure_latency({"m": model}, x, runtime="openvino-bf16", threads=1, runs=2, fast=True)["m"]
     assert rough.dtype == "bfloat16"
 
 
