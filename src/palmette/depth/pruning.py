@@ -2,16 +2,13 @@
 
 The budget follows EGP (ICCV Workshops 2023), which NEPENTHE (arXiv 2404.16890) takes over: with I the importance of a
 layer (entropy times mean magnitude of its surviving weights) and R = sum(I) / I, a round prunes the share softmax(R)
-of all that it prunes from that layer. R grows like the number of layers times mean(I) / I, so that differences are tens
-to hundreds and the softmax is one-hot in practice: the layer of lowest importance is emptied, what it does not hold
-goes to the next. A temperature above 1 spreads the budget.
-
+of all that it prunes from that layer. R differs by tens to hundreds, so that the softmax is one-hot in practice: the
+layer of lowest importance is emptied, then the next. A temperature above 1 spreads the budget.
 The weights of an activation are those of the convolution or linear layer that its input comes from; where paths meet
-(an addition, a concatenation) the one with most layers before it, the last of these. Pruned weights are exact zeros in
-the weight itself; training keeps them by `keep_zeros=True`. A layer without weights puts out a constant: its branch is
-dead and what runs past it survives. Where nothing runs past it the network is cut, which the sound form prevents: a
-layer that every path crosses loses in a round at most `rate` of its own weights, no more than plain magnitude pruning
-would take, and the first and last layers with weights lose none.
+the one with most layers before it. Pruned weights are exact zeros in the weight itself; training keeps them by
+`keep_zeros=True`. A layer without weights puts out a constant: its branch is dead and what runs past it survives.
+Where nothing runs past it the network is cut, which the sound form prevents: a layer that every path crosses loses in
+a round at most `rate` of its own weights, and the first and last layers with weights lose none.
 """
 
 from __future__ import annotations
@@ -136,12 +133,20 @@ def _whole(exact: Mapping[str, float], caps: Mapping[str, int], wanted: int) -> 
 
 
 def prune_smallest(weight: Tensor, count: int) -> None:
-    """Set the `count` smallest magnitudes among the weights that are not zero to exactly zero; in place."""
+    """Set the `count` smallest magnitudes among the weights that are not zero to exactly zero; in place.
+
+    Of equal ones the first go. Time: linear in the number of weights.
+    """
+    if count == 0:
+        return
     flat = weight.detach().flatten()
-    magnitude = torch.where(flat == 0, math.inf, flat.abs().double())
-    smallest = torch.argsort(magnitude, stable=True)[:count]
+    magnitude = flat.abs().masked_fill(flat == 0, math.inf)
+    limit = torch.kthvalue(magnitude, count).values
+    gone = magnitude < limit
+    equal = torch.nonzero(magnitude == limit).flatten()
+    gone[equal[: count - int(gone.sum())]] = True
     with torch.no_grad():
-        weight.copy_(flat.index_fill(0, smallest, 0.0).view_as(weight))
+        weight.copy_(flat.masked_fill(gone, 0.0).view_as(weight))
 
 
 def find_layers(network: fx.GraphModule) -> list[Layer]:
