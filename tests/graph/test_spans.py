@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from palmette.errors import PlanError
 from palmette.graph import Plan, capture, drop, find_sites
+from palmette.graph.blend import Blend, Share, insert_blends
 from palmette.graph.spans import closed_reason, inside, name_of, run_at, runs, total
 
 
@@ -93,3 +94,10 @@ def test_dropping_a_span_drops_its_members(nets: ModuleType) -> None:
     one_by_one = Plan([drop(member) for member in span.members]).apply(net, x).eval()
     assert torch.equal(at_once(x), one_by_one(x))
     assert torch.equal(at_once(x), net[3 + 1](net[0](x)))
+
+
+def test_a_span_fades_out_as_a_whole(nets: ModuleType) -> None:
+    net, x = nets.tokens(*(nets.Mlp(8, 16) for _ in range(3))), torch.randn(4, 5)
+    gm = capture(net, x)
+    insert_blends(gm, {"1..2": Blend(Share(1.0))})
+    assert torch.allclose(gm(x), Plan([drop("1..2")]).apply(net, x).eval()(x))

@@ -18,6 +18,7 @@ from palmette.errors import PlanError
 from palmette.graph.activations import find_activations
 from palmette.graph.blocks import find_blocks
 from palmette.graph.ops import module_of
+from palmette.graph.spans import run_at
 
 _MARK = "blend"  # node metadata: the path of the site that the node blends
 
@@ -65,20 +66,24 @@ class Blend(nn.Module):
 
 
 def insert_blends(gm: fx.GraphModule, targets: Mapping[str, nn.Module]) -> None:
-    """Put a module behind each named activation or block of a captured graph, in place.
+    """Put a module behind each named activation, block or span of a captured graph, in place.
 
     It receives (input, output) of the site, both [batch, ...], as they are in the blended network, and returns what
     goes on instead of the output, of its shape. Modules take on the mode, device and floating dtype of the network.
     Raises PlanError for a path that is no site, or one that is blended already; the graph is then untouched.
     """
     activations = {a.path: (a.source, a.output) for a in find_activations(gm)}
-    blocks = {b.path: (b.source, b.output) for b in find_blocks(gm)}
+    found = find_blocks(gm)
+    blocks = {b.path: (b.source, b.output) for b in found}
     present = _blended(gm)
     for path in targets:
         if path in present:
             raise PlanError(f"'{path}' is blended already", fix="Call remove_blends first.")
         if path not in activations and path not in blocks:
-            raise _no_site(path)
+            if ".." not in path:
+                raise _no_site(path)
+            run = run_at(gm, path, found)
+            blocks[path] = run[0].source, run[-1].output
     latest: dict[fx.Node, fx.Node] = {node.args[1]: node for node in present.values()}  # type: ignore[misc]
     # Activations first: where a block ends in an activation, the block's blend has to see what that one gives.
     for path in sorted(targets, key=lambda path: path not in activations):
