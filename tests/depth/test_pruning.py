@@ -317,11 +317,14 @@ def test_each_round_prunes_its_share_and_trains_with_the_zeros_kept() -> None:
 
 def test_a_layer_without_weights_has_collapsed() -> None:
     network, found = _captured(Residual())
-    result, _ = _prune(network, found, PruningConfig(rate=0.5), 2)
-    inner = [layer for layer in find_layers(network) if layer.path in ("conv1", "conv3", "squeeze", "excite")]
-    behind = [path for layer in inner if layer.content == 0 for path in layer.activations]
-    assert behind
-    assert [result[path] for path in behind] == [0.0] * len(behind)
+    with torch.no_grad():
+        network.get_parameter("conv3.weight").mul_(0.01)
+    before = look(network, found, _data(), RULE)
+    result, _ = _prune(network, found, PruningConfig(rate=0.3), 1)
+    layer = next(layer for layer in find_layers(network) if layer.path == "conv3")
+    assert (layer.content, layer.share) == (0, 0.0)
+    assert [before[path] > 0 for path in layer.activations] == [True]
+    assert [result[path] for path in layer.activations] == [0.0]
     assert network(IMAGES).std(0).max() > 0
 
 
