@@ -319,6 +319,7 @@ def test_a_layer_without_weights_has_collapsed() -> None:
     network, found = _captured(Residual())
     with torch.no_grad():
         network.get_parameter("conv3.weight").mul_(0.01)
+        network.get_parameter("conv3.bias").zero_()
     before = look(network, found, _data(), RULE)
     result, _ = _prune(network, found, PruningConfig(rate=0.3), 1)
     layer = next(layer for layer in find_layers(network) if layer.path == "conv3")
