@@ -155,6 +155,16 @@ def test_divergence_is_kl_in_nats_per_sample() -> None:
     assert reference.divergence(other) == pytest.approx(expected, rel=1e-6)
 
 
+def test_ignorance_is_what_equal_scores_diverge_by() -> None:
+    torch.manual_seed(0)
+    dense, x = nn.Linear(4, 3), torch.randn(10, 4)
+    reference = Reference.of(dense, [(x, None)], None, classes=True)
+    nothing = nn.Linear(4, 3)
+    nn.init.zeros_(nothing.weight)
+    nn.init.zeros_(nothing.bias)
+    assert reference.ignorance == pytest.approx(reference.divergence(nothing), rel=1e-6)
+
+
 def test_an_empty_loader_is_named() -> None:
     with pytest.raises(DataError, match="no batch is left"):
         Reference.of(nn.Linear(2, 2), [], None, classes=True)

@@ -12,6 +12,7 @@ then at most `trainings` healing schedules.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -79,7 +80,7 @@ def search(session: Session, baseline: dict[str, Any], say: Callable[[str], None
     limit = config.trainings if settings.rounds is None else min(config.trainings, settings.rounds)
     start = None if goal is None else reaching(points, goal, session.table.runtime)
     found: list[Round] = []
-    low, high, winner, ended = -1, len(points), -1, ""
+    low, high, winner, ended = -1, len(points) if goal is not None else len(hopeful(session, points)), -1, ""
     while not ended:
         if low + 1 >= high:
             ended = "no other point of the front is left" if points else "no removal pays on the chosen cost"
@@ -148,6 +149,7 @@ def importance(session: Session, options: Sequence[Option], config: AutoConfig) 
     seed, local = session.settings.seed, None
     compared = Calibration(session.val, config.batches, seed)  # the same batches when the run is resumed
     reference = Reference.of(session.dense, compared, config.batches, classes=classes)
+    session.run.once("ignorance", lambda: reference.ignorance)
     if config.importance == "healed":
         lessons = Calibration(session.train, config.steps, seed)
         local = LocalHealing.of(lessons, config.steps, session.heal, seed, session.loss_fn)
@@ -168,6 +170,15 @@ def importance(session: Session, options: Sequence[Option], config: AutoConfig) 
         label="importance",
     )
     return {key: None if isinstance(value, str) else max(float(value), 0.0) for key, value in found.items()}
+
+
+def hopeful(session: Session, points: Sequence[Point]) -> list[Point]:
+    """The points whose predicted loss is below that of a network that knows nothing; at least the first.
+
+    Healing seldom brings back a network that was left with nothing; to try one costs a training.
+    """
+    bound = float(session.run.once("ignorance", lambda: math.inf))
+    return [point for index, point in enumerate(points) if index == 0 or point.loss < bound]
 
 
 def whole_cost(session: Session) -> float:

@@ -19,7 +19,7 @@ from torch import nn
 
 import palmette.ranks as ranks
 from palmette.depth.accounts import Contender, account, side_by_side
-from palmette.depth.auto import explore, whole_cost
+from palmette.depth.auto import explore, hopeful, whole_cost
 from palmette.depth.branch import dense_again
 from palmette.depth.front import Point
 from palmette.depth.opening import Loaders, opened
@@ -147,7 +147,7 @@ def _run(session: Session, count: int, width: tuple[float, ...], int8: bool, say
     options, points = explore(session, say)
     probes = Probes(session, [option for option, _ in options], points)
     variants = [Contender(name="dense", network=session.dense)]
-    for number, index in enumerate(spread(points, count, whole_cost(session))):
+    for number, index in enumerate(spread(hopeful(session, points), count, whole_cost(session))):
         entry = probes.heal(number, index, baseline)
         say(probes.line(entry))
         variants.append(_depth_variant(session, probes, entry))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,15 @@ class Reference:
         if not inputs:
             raise DataError("no batch is left to compare networks on", fix="Give a validation loader that is not empty")
         return cls(inputs, tuple(_answers(dense, inputs)), classes)
+
+    @property
+    def ignorance(self) -> float:
+        """The divergence of a network that knows nothing: equal scores for all classes, or zeros."""
+        if not self.classes:
+            return 1.0
+        entropies = [-(p.exp() * p).sum(1) for p in (F.log_softmax(y.double(), dim=1) for y in self.outputs)]
+        classes = self.outputs[0].shape[1]
+        return math.log(classes) - float(torch.cat([e.flatten() for e in entropies]).mean())
 
     def divergence(self, network: nn.Module) -> float:
         """Mean over samples of KL(dense || network), or the relative squared error. Infinite where it is not finite."""

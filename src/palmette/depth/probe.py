@@ -54,7 +54,9 @@ class Probes:
 
     def line(self, entry: Round) -> str:
         """A probe in words."""
-        return line(entry, self.session, what=f"{entry.removed} removal{'s' if entry.removed > 1 else ''}")
+        return line(
+            entry, self.session, what=f"{entry.removed} removal{'s' if entry.removed > 1 else ''}", name="point"
+        )
 
     def _edited(self, number: int) -> tuple[PlanBranch, Choice]:
         index = int(self.session.run.once(f"probe-{number:03d}", _unknown))

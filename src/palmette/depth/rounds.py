@@ -167,12 +167,12 @@ def round_of(
     )
 
 
-def line(entry: Round, session: Session, what: str = "") -> str:
+def line(entry: Round, session: Session, what: str = "", name: str = "round") -> str:
     """A round in words; `what`: in place of the names of what was removed."""
     clock = "" if entry.latency_ms is None else f", {entry.latency_ms:.3g} ms ({session.table.runtime})"
     verdict = "accepted" if entry.accepted else "missed"
     accuracy = f"{100 * entry.val_accuracy:.2f} % on validation"
-    return f"round {entry.round + 1}: without {what or entry.candidate}: {accuracy}{clock}: {verdict}, {entry.reason}"
+    return f"{name} {entry.round + 1}: without {what or entry.candidate}: {accuracy}{clock}: {verdict}, {entry.reason}"
 
 
 def _rounds(number: int) -> str:

@@ -178,13 +178,16 @@ def _preview(session: Session) -> ShrinkResult:
 
 def _previewed_rounds(session: Session) -> tuple[list[dict[str, Any]], int, str]:
     """Ranking, number of rounds, and nothing more to say, for a method that removes round by round."""
-    pool = session.pool(session.dense)
-    scores = rank(session)(session.dense, pool) if pool else {}
+    pool, trains = session.pool(session.dense), session.method.prepare is not None
+    scores = (
+        dict.fromkeys((c.name for c in pool), 0.0) if trains else rank(session)(session.dense, pool) if pool else {}
+    )
     ranking = [
         {"name": c.name, "score": scores[c.name], "macs_saved": c.macs_saved, "ms_saved": c.ms_saved}
         for c in sorted(pool, key=lambda c: (scores[c.name], -c.macs_saved, c.name))
     ]
-    return ranking, 1 if session.settings.one_shot else -(-len(pool) // session.settings.step), ""
+    more = f"; {session.method.name} scores them by a training of its own, which a dry run leaves out" if trains else ""
+    return ranking, 1 if session.settings.one_shot else -(-len(pool) // session.settings.step), more
 
 
 def _previewed_search(session: Session) -> tuple[list[dict[str, Any]], int, str]:
