@@ -14,7 +14,7 @@ from palmette.depth import depthshrinker
 from palmette.depth.change import changes
 from palmette.depth.depthshrinker import DepthShrinkerConfig, Gated, Gates
 from palmette.depth.prepared import keep
-from palmette.errors import DataError, InputError
+from palmette.errors import DataError
 from palmette.graph import Candidate, Plan, capture, find_sites
 from palmette.graph.blend import blends
 from palmette.train.loop import HealConfig, heal
@@ -165,8 +165,10 @@ def test_those_off_go_together_and_then_one_by_one() -> None:
     assert select("cd", reproduce=True) == []
 
 
-def test_a_network_without_gates_is_refused_and_a_new_activation_counts_as_kept(dense, found) -> None:
-    with pytest.raises(InputError, match="not trained with the ingredient"):
+def test_before_the_training_the_start_ranks_and_later_a_new_activation_counts_as_kept(dense, found, blobs) -> None:
+    before = depthshrinker.score(dense, found, blobs.val, DepthShrinkerConfig(), seed=0)
+    assert before == changes(dense, [c.name for c in found], blobs.val)
+    with pytest.raises(DataError, match="empty"):
         depthshrinker.score(dense, found, [], DepthShrinkerConfig(), seed=0)
     keep(dense, "depthshrinker", {found[0].name: -0.5, found[1].name: 0.8})
     scores = depthshrinker.score(dense, found, [], DepthShrinkerConfig(), seed=0)

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from palmette.depth import layer_folding
+from palmette.depth.change import changes
 from palmette.depth.layer_folding import LayerFoldingConfig
 from palmette.depth.prepared import keep
-from palmette.errors import InputError
+from palmette.errors import DataError
 from palmette.graph import Candidate, Plan, capture, find_sites
 from palmette.graph.blend import blends
 from palmette.train.evaluate import evaluate
@@ -143,8 +144,10 @@ def test_those_over_the_threshold_go_together() -> None:
     assert select("cd", reproduce=True) == []
 
 
-def test_a_network_without_shares_is_refused_and_a_new_activation_counts_as_active(dense, found) -> None:
-    with pytest.raises(InputError, match="not trained with the ingredient"):
+def test_before_the_training_the_change_ranks_and_later_a_new_activation_counts_as_active(dense, found, blobs) -> None:
+    before = layer_folding.score(dense, found, blobs.val, LayerFoldingConfig(), seed=0)
+    assert before == changes(dense, [c.name for c in found], blobs.val)
+    with pytest.raises(DataError, match="empty"):
         layer_folding.score(dense, found, [], LayerFoldingConfig(), seed=0)
     keep(dense, "layer_folding", {found[0].name: 0.8})
     scores = layer_folding.score(dense, found, [], LayerFoldingConfig(), seed=0)

@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 
 from palmette.depth.change import changes
 from palmette.depth.prepared import findings
+from palmette.errors import InputError
 from palmette.graph import Candidate, Edit, linearize
 from palmette.graph.blend import insert_blends, remove_blends
 from palmette.registry import Bounds, MethodConfig, method
@@ -163,16 +164,21 @@ def edits(candidate: Candidate, config: DepthShrinkerConfig) -> list[Edit]:
 def score(
     captured: fx.GraphModule,
     candidates: Sequence[Candidate],
-    loader: Iterable[Any],  # noqa: ARG001 - the interface of scores
-    config: DepthShrinkerConfig,  # noqa: ARG001
+    loader: Iterable[Any],
+    config: DepthShrinkerConfig,
     *,
-    seed: int,  # noqa: ARG001
+    seed: int,
 ) -> dict[str, float]:
     """The gate of a candidate above the boundary of on and off, below 0 for those off; low = remove first.
 
-    An activation that was no candidate in the training counts as the one of the highest gate. Raises InputError when
-    the network was not trained with gates.
+    An activation that was no candidate in the training counts as the one of the highest gate. Of a network that was not
+    trained with gates, as in a dry run, it is where the gates would start. Raises DataError for an empty loader or
+    features that are not finite.
     """
-    found = findings(captured, NAME)
+    try:
+        found = findings(captured, NAME)
+    except InputError:
+        start = _start(captured, candidates, config, loader, seed)
+        return {c.name: gate for c, gate in zip(candidates, start, strict=True)}
     highest = max(found.values(), default=0.0)
     return {c.name: max(found.get(site.path, highest) for site in c.sites) for c in candidates}

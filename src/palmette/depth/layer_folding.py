@@ -4,8 +4,8 @@ Idea: activation s becomes a z + (1 - a) s(z) with one scalar a >= 0 per site, s
 times the sum of |1 - a^p|. Shares fall to about 0 or climb to about 1, and activations with a >= 0.9 go together.
 Paper: Ben Dror et al., "Layer Folding: Neural Network Depth Reduction using Activation Linearization", BMVC 2022.
 Differs: activations that pay only together (the two of an inverted residual) have one share between them; shares start
-a little above 0, where the slope of a^2 is not 0, and learn faster than the weights, so that a short training decides;
-at least one candidate goes in a round. `reproduce=True` is the paper's form: a share for each activation, from 0 with
+a little above 0, where the slope of a^2 is not 0, are held at 1 too, and learn faster than the weights, so that a short
+training decides; at least one candidate goes in a round. `reproduce=True` is the paper's form: a share for each activation, from 0 with
 p = 2 and lambda = 0.25, and exactly those with a >= 0.9. In both the edit is the identity: it is what the network has
 learnt to work with, and a line fitted afterwards to an activation that was not in use would undo that.
 Shapes: any activation, [batch, channels, ...] or [batch, ..., channels]. Cost: one training, with a few elementwise
@@ -22,7 +22,9 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, fx
 
+from palmette.depth.change import changes
 from palmette.depth.prepared import findings
+from palmette.errors import InputError
 from palmette.graph import Candidate, Edit, linearize
 from palmette.graph.blend import Blend, Share, insert_blends, remove_blends
 from palmette.registry import Bounds, MethodConfig, method
@@ -116,15 +118,21 @@ def edits(candidate: Candidate, config: LayerFoldingConfig) -> list[Edit]:
 def score(
     captured: fx.GraphModule,
     candidates: Sequence[Candidate],
-    loader: Iterable[Any],  # noqa: ARG001 - the interface of scores
-    config: LayerFoldingConfig,  # noqa: ARG001
+    loader: Iterable[Any],
+    config: LayerFoldingConfig,  # noqa: ARG001 - the interface of scores
     *,
     seed: int,  # noqa: ARG001
 ) -> dict[str, float]:
     """1 - a of the share that the training found, the largest over a candidate's activations; low = remove first.
 
-    An activation that was no candidate at that time counts as one of share 0. Raises InputError when the network was
-    not trained with shares.
+    An activation that was no candidate at that time counts as one of share 0. Of a network that was not trained with
+    shares, as in a dry run, it is the change |s(z) - z| / |z| that the pull works against. Raises DataError for an
+    empty loader or features that are not finite.
     """
-    found = findings(captured, NAME)
-    return {c.name: max(1 - found.get(site.path, 0.0) for site in c.sites) for c in candidates}
+    sites = [site.path for c in candidates for site in c.sites]
+    try:
+        found = findings(captured, NAME)
+        value = {path: 1 - found.get(path, 0.0) for path in sites}
+    except InputError:
+        value = changes(captured, sites, loader)
+    return {c.name: max(value[site.path] for site in c.sites) for c in candidates}
