@@ -5,9 +5,10 @@ times the sum of |1 - a^p|. Shares fall to about 0 or climb to about 1, and acti
 Paper: Ben Dror et al., "Layer Folding: Neural Network Depth Reduction using Activation Linearization", BMVC 2022.
 Differs: activations that pay only together (the two of an inverted residual) have one share between them; shares start
 a little above 0, where the slope of a^2 is not 0, are held at 1 too, and learn faster than the weights, so that a short
-training decides; at least one candidate goes in a round. `reproduce=True` is the paper's form: a share for each activation, from 0 with
-p = 2 and lambda = 0.25, and exactly those with a >= 0.9. In both the edit is the identity: it is what the network has
-learnt to work with, and a line fitted afterwards to an activation that was not in use would undo that.
+training decides; at least one candidate goes in a round. `reproduce=True` is the paper's form: a share for each
+activation, from 0 with p = 2 and lambda = 0.25, and exactly those with a >= 0.9. In both the edit is the identity: it
+is what the network has learnt to work with, and a line fitted afterwards to an activation that was not in use would
+undo that.
 Shapes: any activation, [batch, channels, ...] or [batch, ..., channels]. Cost: one training, with a few elementwise
 operations more per activation.
 """
