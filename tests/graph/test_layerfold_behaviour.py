@@ -212,24 +212,29 @@ def test_residual_net_with_one_shared_relu() -> None:
         assert _error(edited(x.double()), small(x.double())) <= BOUND
 
 
-def test_unrelated_identity_is_left_alone() -> None:
+@pytest.mark.parametrize(
+    ("width", "kernels"),
+    [(8, [(8, 3, 5, 5)]), (16, [(16, 3, 5, 5)]), (2, [(2, 3, 3, 3), (2, 2, 3, 3)])],
+    ids=["pays", "pays more", "would not pay"],
+)
+def test_an_identity_of_the_network_itself_is_seen_through(width: int, kernels: list[tuple[int, ...]]) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(
-        nn.Conv2d(3, 4, 3),
+        nn.Conv2d(3, width, 3),
         nn.Identity(),
-        nn.Conv2d(4, 4, 3),
+        nn.Conv2d(width, width, 3),
         nn.ReLU(),
         nn.Flatten(),
-        nn.Linear(64, 16),
+        nn.Linear(144 * width, 16),
         nn.ReLU(),
         nn.Linear(16, 2),
     )
-    x = torch.randn(2, 3, 8, 8)
+    x = torch.randn(2, 3, 16, 16)
     (path,) = [s.path for s in find_sites(net.eval(), x) if s.kind == "activation" and s.removable]
     edited, small, record = _merge(net, x, "exact", only=path)
-    assert [m.done for m in record.merges] == [True]
+    assert [m.done for m in record.merges if path in m.members or "7" in m.members] == [True]
     assert _count(small, nn.Linear) == 1
-    assert [tuple(m.weight.shape) for m in small.modules() if isinstance(m, nn.Conv2d)] == [(4, 3, 3, 3), (4, 4, 3, 3)]
+    assert [tuple(m.weight.shape) for m in small.modules() if isinstance(m, nn.Conv2d)] == kernels
     with torch.no_grad():
         assert _error(edited(x.double()), small(x.double())) <= BOUND
 
