@@ -262,7 +262,7 @@ def test_targets() -> None:
 
 def test_the_rounds_end_when_the_target_is_reached(trained, blobs, quick, monkeypatch) -> None:
     clocks = iter([4.0, 1.9])
-    monkeypatch.setattr("palmette.depth.session.Session.clock", lambda session, key, network: next(clocks))
+    monkeypatch.setattr("palmette.depth.session.Session.clock", lambda session, network: next(clocks))
     result = _run(trained, blobs, quick, target_latency="0.5x", rounds=None)
     assert len(result.plan) == 1
     assert "target of 2 ms is reached" in result.message

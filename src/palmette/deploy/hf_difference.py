@@ -35,8 +35,8 @@ class Difference:
     """What became of a model's modules, by their paths in it.
 
     layers: containers that lost whole layers. gone: the layers' own paths. linear: [inputs, outputs, bias] of linears
-    of another size. zero: modules whose output is zero now. through: those that hand their input on. state: tensors
-    of the network by their names in the model.
+    of another size. zero: modules whose output is zero now. through: those that hand their input on. fitted: [inputs,
+    outputs] of modules that became a linear map. state: tensors of the network by their names in the model.
     """
 
     layers: list[Kept] = field(default_factory=list)
@@ -44,6 +44,7 @@ class Difference:
     linear: dict[str, tuple[int, int, bool]] = field(default_factory=dict)
     zero: set[str] = field(default_factory=set)
     through: set[str] = field(default_factory=set)
+    fitted: dict[str, tuple[int, int]] = field(default_factory=dict)
     state: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -83,18 +84,22 @@ def difference(network: fx.GraphModule, dense: fx.GraphModule, source: nn.Module
     found = Difference()
     owners = _Owners(dense, source)
     edits = list(Plan.from_json(network.meta["palmette"].get("plan") or Plan().to_json()))
-    blocks = [block for edit in edits if edit.kind == "drop" for block in run_at(dense, edit.site)]
+    runs = {edit.site: run_at(dense, edit.site) for edit in edits if edit.kind in ("drop", "fit_linear")}
+    fits = {edit.site: runs[edit.site][-1] for edit in edits if edit.kind == "fit_linear"}
+    blocks = [block for run in runs.values() for block in run if block not in fits.values()]
+    found.state = _state(network, source)
     _whole_layers(found, owners, with_feeders(dense, blocks))
     for block in blocks:
         if not any(_below(str(total(block).meta["path"]), path) for path in found.gone):
-            _block(found, owners, dense, block)
+            found.zero |= _block(found, owners, dense, block)
+    for site, block in fits.items():
+        _fitted(found, network, site, _block(found, owners, dense, block, norm=False))
     for edit in edits:
         if edit.kind == "linearize":
             _activation(found, owners, network, edit)
-        elif edit.kind != "drop":
+        elif edit.kind not in ("drop", "fit_linear", "identity"):
             raise refused(f"'{edit.kind}' of '{edit.site}'", "its class has no place for what was put there")
     _modules(found, owners, network, dense)
-    found.state = _state(network, source)
     return found
 
 
@@ -114,20 +119,40 @@ def _whole_layers(found: Difference, owners: _Owners, region: frozenset[fx.Node]
             found.gone |= {f"{path}.{i}" for i in gone}
 
 
-def _block(found: Difference, owners: _Owners, dense: fx.GraphModule, block: Block) -> None:
-    """A dropped block inside a layer that stays: its branch ends in zeros, and what is before costs nothing."""
+def _block(found: Difference, owners: _Owners, dense: fx.GraphModule, block: Block, *, norm: bool = True) -> set[str]:
+    """Empty a block inside a layer that stays; returns the modules that its branch ends in.
+
+    What is before them hands its input on and costs nothing; so does the norm behind the sum, unless told otherwise.
+    """
     end = total(block)
     behind = {block.output} if block.output is not end else set()
     branch = with_feeders(dense, [block]) - behind - {end}
     exits = [n for n in end.all_input_nodes if skip_transparent(dense, n) is not skip_transparent(dense, block.source)]
     if len(exits) != 1:
         raise refused(f"Dropping '{block.path}'", "it adds two branches, neither of which is its input")
-    zero = _ends(owners, dense, exits[0], branch)
-    if not zero:
+    ends = _ends(owners, dense, exits[0], branch)
+    if not ends:
         raise refused(f"Dropping '{block.path}'", "no module of its branch ends in the sum")
-    found.zero |= zero
-    found.through |= {path for n in branch if (path := owners.largest(n, branch)) is not None} - zero
-    found.through |= {path for n in behind if (path := owners.largest(n, frozenset(behind))) is not None}
+    found.through |= {path for n in branch if (path := owners.largest(n, branch)) is not None} - ends
+    if norm:
+        found.through |= {path for n in behind if (path := owners.largest(n, frozenset(behind))) is not None}
+    return ends
+
+
+def _fitted(found: Difference, network: fx.GraphModule, site: str, ends: set[str]) -> None:
+    """Put a fitted map x -> W x + b at the end of the last branch of its run, where x is added: as (W - 1) x + b."""
+    name = network.meta["palmette"].get("fitted", {}).get(site)
+    weight, bias = (found.state.pop(f"fitted.{name}.{part}", None) for part in ("weight", "bias"))
+    if len(ends) != 1 or weight is None or bias is None or weight.dim() != 2 or weight.shape[0] != weight.shape[1]:
+        raise refused(f"The linear map of '{site}'", "it was merged with others, or its branch has several ends")
+    (path,) = ends
+    found.fitted[path] = (weight.shape[1], weight.shape[0])
+    found.state |= {f"{path}.linear.weight": _less_one(weight), f"{path}.linear.bias": bias}
+
+
+def _less_one(weight: Tensor) -> Tensor:
+    """A square matrix less the identity, in float64 on the way."""
+    return (weight.double() - torch.eye(len(weight), dtype=torch.float64, device=weight.device)).to(weight)
 
 
 def _ends(owners: _Owners, dense: fx.GraphModule, exit_: fx.Node, branch: frozenset[fx.Node]) -> set[str]:
@@ -160,7 +185,7 @@ def _activation(found: Difference, owners: _Owners, network: fx.GraphModule, edi
 def _modules(found: Difference, owners: _Owners, network: fx.GraphModule, dense: fx.GraphModule) -> None:
     """Modules of the layers that stay: linears of another size, and those that were merged into one before them."""
     after = {str(n.target): module_of(network, n) for n in network.graph.nodes if n.op == "call_module"}
-    covered = found.gone | found.zero | found.through
+    covered = found.gone | found.zero | found.through | set(found.fitted)
     for node in dense.graph.nodes:
         path, old = str(node.target), module_of(dense, node)
         if old is None or path not in owners.modules or any(_below(path, owner) for owner in covered):
@@ -187,8 +212,7 @@ def _state(network: fx.GraphModule, source: nn.Module) -> dict[str, Tensor]:
     for decision in network.meta["palmette"].get("decisions", []):
         if decision.get("skip"):  # x + run(x) became one kernel; the model's own code adds x
             name = f"{decision['result']}.weight"
-            weight = state[name].double()
-            state[name] = (weight - torch.eye(len(weight), dtype=weight.dtype, device=weight.device)).to(state[name])
+            state[name] = _less_one(state[name])
         if decision.get("norm"):
             for part, value in (("weight", 1.0), ("bias", 0.0)):
                 old = source.state_dict().get(f"{decision['norm']}.{part}")

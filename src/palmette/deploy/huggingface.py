@@ -140,12 +140,13 @@ class _Attempt:
 
 def _attempts(found: Difference, source: nn.Module, example: Example) -> Iterator[_Attempt]:
     """Fewer layers by every config that fits, then as many as before, those that are gone handing their input on."""
-    inner = found.zero | found.through
+    inner = found.zero | found.through | set(found.fitted)
     shapes = structures(source, inner | found.gone, lambda model: _called(model, example))
 
     def skip(path: str) -> dict[str, Any]:
         place, length = shapes[path]
-        return {"zero": path in found.zero, "place": place, "length": length}
+        told = {"zero": path in found.zero, "place": place, "length": length}
+        return {**told, "size": list(found.fitted[path])} if path in found.fitted else told
 
     for config in shortened(source, found.layers):
         yield _Attempt(
@@ -187,21 +188,17 @@ def _written(
 ) -> HuggingFaceReport:
     """Write the folder, load it again, and hold it against the network. Raises ExportError."""
     kind = _model_class(attempt, source, place)
-    config = attempt.config
-    if not attempt.standard:
-        config = kind.config_class.from_dict({**config.to_dict(), "model_type": kind.config_class.model_type})
-        config.palmette = {"linear": {k: list(v) for k, v in attempt.linear.items()}, "skip": attempt.skip}
     try:
-        model = kind(config)
+        model = kind(_config(attempt, kind))
     except Exception as error:
         raise refused("The network", f"its class cannot be built again ({one_line(error)})") from error
     _fill(model, state, source, attempt)
-    model.to(next(source.parameters()).dtype).eval().save_pretrained(place)
-    _finish_config(place, attempt, source)
     try:
+        model.to(next(source.parameters()).dtype).eval().save_pretrained(place)
+        _finish_config(place, attempt, source)
         loaded = kind.from_pretrained(place, local_files_only=True).eval()
     except Exception as error:
-        raise ExportError("The folder cannot be loaded again", why=one_line(error)) from error
+        raise ExportError("The folder cannot be written and loaded again", why=one_line(error)) from error
     parity = measure_parity(
         proof.reference, answers(loaded), proof.example, proof.batches, main=0, runtime="transformers"
     )
@@ -239,10 +236,19 @@ def _model_class(attempt: _Attempt, source: nn.Module, place: Path) -> Any:
     return module.PalmetteModel
 
 
+def _config(attempt: _Attempt, kind: Any) -> Any:
+    """The config of the model that is written: the source's own kind, or that of the code beside it."""
+    if attempt.standard:
+        return attempt.config
+    config = kind.config_class.from_dict({**attempt.config.to_dict(), "model_type": kind.config_class.model_type})
+    config.palmette = {"linear": {k: list(v) for k, v in attempt.linear.items()}, "skip": attempt.skip}
+    return config
+
+
 def _fill(model: nn.Module, state: dict[str, Tensor], source: nn.Module, attempt: _Attempt) -> None:
     """Load the network's tensors; those that the network does not read (unused heads) stay as they are in `source`."""
     before, wanted = source.state_dict(), model.state_dict()
-    old = {new: name for name in before if (new := renumbered(name, attempt.layers)) is not None}
+    old = {new: name for name in {**state, **before} if (new := renumbered(name, attempt.layers)) is not None}
     values: dict[str, Tensor] = {}
     for name, like in wanted.items():
         value = state.get(old.get(name, name), before.get(old.get(name, name)))

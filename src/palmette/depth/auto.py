@@ -73,7 +73,7 @@ def search(session: Session, baseline: dict[str, Any], say: Callable[[str], None
     Raises InputError for a target that cannot be read or reached.
     """
     config, settings = _config(session), session.settings
-    dense_ms = session.run.once("dense-latency", lambda: session.clock("dense", session.dense))
+    dense_ms = session.run.once("dense-latency", lambda: session.clock(session.dense))
     goal = target_ms(settings.target_latency, dense_ms)
     options, points = explore(session, say)
     probes = Probes(session, [o for o, _ in options], points)
@@ -183,7 +183,7 @@ def hopeful(session: Session, points: Sequence[Point]) -> list[Point]:
 
 def whole_cost(session: Session) -> float:
     """The dense network's cost in the unit of the options' gains: ms, or MACs where nothing is timed."""
-    dense_ms = session.run.once("dense-latency", lambda: session.clock("dense", session.dense))
+    dense_ms = session.run.once("dense-latency", lambda: session.clock(session.dense))
     return float(macs(session.dense, session.single)) if dense_ms is None else float(dense_ms)
 
 

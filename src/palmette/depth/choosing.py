@@ -13,8 +13,8 @@ from palmette.errors import PlanError, RefusedEdit
 from palmette.graph import Candidate, Edit, Plan, collapse
 
 Ranking = Callable[[fx.GraphModule, list[Candidate]], dict[str, float]]
-Clock = Callable[[str, fx.GraphModule], float | None]
-"""`clock(key, network)` -> milliseconds by the cost table."""
+Clock = Callable[[fx.GraphModule], float | None]
+"""`clock(network)` -> milliseconds by the cost table."""
 
 
 class Chooser:
@@ -67,7 +67,7 @@ class Chooser:
     def _until(self, order: list[Candidate], refused: dict[str, str], goal: float, clock: Clock) -> list[Candidate]:
         """Candidates in order until the collapsed network needs at most `goal` ms; all of them when it never does."""
         session, taken = self.session, list[Candidate]()
-        now = clock("dense", session.dense)
+        now = clock(session.dense)
         for candidate in order:
             if now is None or now <= goal:
                 break
@@ -83,7 +83,7 @@ class Chooser:
         session = self.session
         edited = self._plan(taken).apply(self.network, session.example, pad=session.settings.pad)
         small, _ = collapse(copy.deepcopy(edited), cost=session.table)
-        return clock("without " + ", ".join(sorted(c.name for c in taken)), small)
+        return clock(small)
 
     def _joins(self, taken: list[Candidate], candidate: Candidate, refused: dict[str, str]) -> bool:
         if candidate.edit != "linearize" and any(_overlap(candidate, other) for other in taken):

@@ -84,5 +84,4 @@ def _measured(session: Session, pick: Pick, options: Mapping[str, Option]) -> di
     except (RefusedEdit, PlanError) as error:
         return {"refused": str(error)}
     small, _ = collapse(edited, cost=session.table)
-    key = f"front {_key(pick)} {session.table.runtime}"
-    return {"plan": plan.to_json(), "macs": macs(small, session.single), "latency_ms": session.clock(key, small)}
+    return {"plan": plan.to_json(), "macs": macs(small, session.single), "latency_ms": session.clock(small)}

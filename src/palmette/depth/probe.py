@@ -46,7 +46,7 @@ class Probes:
         branch, choice = self._edited(number)
         branch.heal(0)
         run = self.session.run
-        cost = run.once(branch.stage(0, "cost"), lambda: cost_of(self.session, branch, 0))
+        cost = run.once(branch.stage(0, "cost"), lambda: cost_of(self.session, branch))
         seen = run.once(
             branch.stage(0, "val"), lambda: summary(self.session.evaluate(branch.network, self.session.val))
         )

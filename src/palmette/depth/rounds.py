@@ -100,7 +100,7 @@ def search(session: Session, baseline: dict[str, Any], say: Callable[[str], None
     `baseline`: the dense network's validation summary. Raises InputError for a target that cannot be read.
     """
     settings = session.settings
-    dense_ms = session.run.once("dense-latency", lambda: session.clock("dense", session.dense))
+    dense_ms = session.run.once("dense-latency", lambda: session.clock(session.dense))
     goal = target_ms(settings.target_latency, dense_ms)
     if settings.one_shot and goal is None:
         raise InputError("one shot needs a target latency", fix='Give target_latency, for instance "0.7x"')
@@ -135,7 +135,7 @@ def search(session: Session, baseline: dict[str, Any], say: Callable[[str], None
 def _round(session: Session, branch: Branch, number: int, choice: Choice, baseline: dict[str, Any]) -> Round:
     """Heal, cost and evaluate what was just edited."""
     branch.heal(number, session.method if session.settings.reproduce else None)
-    cost = session.run.once(branch.stage(number, "cost"), lambda: cost_of(session, branch, number))
+    cost = session.run.once(branch.stage(number, "cost"), lambda: cost_of(session, branch))
     seen = session.run.once(branch.stage(number, "val"), lambda: summary(session.evaluate(branch.network, session.val)))
     return round_of(session, number, choice, cost, seen, baseline)
 
@@ -188,11 +188,10 @@ def summary(seen: Evaluation) -> dict[str, Any]:
     return {"accuracy": seen.accuracy, "n": seen.n, "interval": list(seen.interval)}
 
 
-def cost_of(session: Session, branch: Branch, number: int) -> dict[str, Any]:
+def cost_of(session: Session, branch: Branch) -> dict[str, Any]:
     """MACs and latency of the branch as it is now, collapsed."""
     small, _ = collapse(copy.deepcopy(branch.network), cost=session.table)
-    key = branch.stage(number, "latency")
-    return {"macs": macs(small, session.single), "latency_ms": session.clock(key, small)}
+    return {"macs": macs(small, session.single), "latency_ms": session.clock(small)}
 
 
 def _nothing(session: Session) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from palmette.errors import DataError, InputError
 from palmette.graph import Candidate, Edit, Site, candidates, edits_of, find_sites
 from palmette.graph.candidates import EDITS, is_protected
 from palmette.graph.inputs import Example, split_batch, with_batch
+from palmette.graph.io import structure_hash
 from palmette.meter.table import CostTable
 from palmette.registry import Bounds, Method, MethodConfig
 from palmette.run import Run
@@ -148,7 +150,7 @@ class Session:
         """Whether the method heals after a removal under its config."""
         return self.method.heals is None or bool(self.method.heals(self.config))
 
-    def clock(self, key: str, network: nn.Module) -> float | None:
+    def clock(self, network: fx.GraphModule) -> float | None:
         """Milliseconds of one forward pass at batch 1 by the cost table; None where it counts MACs.
 
         A network is timed in turn with the dense one, and its ratio counts: what else the machine does meanwhile, and
@@ -156,15 +158,23 @@ class Session:
         """
         if self.table.runtime == "macs":
             return None
-        dense_ms = self.table.time("dense", self.dense, self.single)
+        dense = _form(self.dense)
+        dense_ms = self.table.time(f"network {dense}", self.dense, self.single)
         if network is self.dense:
             return dense_ms
-        before, after = self.table.compare(f"{key} against dense", self.dense, network, self.single)
+        key = f"network {_form(network)} against {dense}"
+        before, after = self.table.compare(key, self.dense, network, self.single)
         return dense_ms * after / before
 
     def evaluate(self, network: nn.Module, loader: Iterable[Any]) -> Evaluation:
         """Accuracy of a network on a loader, in eval mode."""
         return evaluate(network, loader, loss_fn=self.loss_fn, metric=self.metric)
+
+
+def _form(network: fx.GraphModule) -> str:
+    """What a latency depends on, short: operations in their order, modules, shapes and dtypes; no weights."""
+    lines = [network.code, *(f"{path} {module!r}" for path, module in network.named_modules() if path)]
+    return hashlib.sha256("\n".join([*lines, structure_hash(network)]).encode()).hexdigest()[:16]
 
 
 def _alone(site: Site) -> Candidate:

@@ -16,6 +16,7 @@ from palmette.compat import optional
 from palmette.errors import ExportError, InputError
 from palmette.graph.inputs import batch_size, tensors
 from palmette.meter.compute import evaluating
+from palmette.meter.onnx_memory import remembered
 from palmette.meter.running import Flat, Loaded, Packed, Runner, Runtime, first_that_works, quiet
 
 
@@ -83,7 +84,9 @@ def to_onnx(models: list[nn.Module], inputs: Any, *, fast: bool = False) -> list
     """
 
     def by(dynamo: bool) -> list[bytes]:
-        return [_export(model, inputs, dynamo) for model in models]
+        if not dynamo:
+            return [_export(model, inputs, dynamo) for model in models]
+        return [remembered(model, inputs, functools.partial(_export, model, inputs, dynamo)) for model in models]
 
     attempts = [functools.partial(by, dynamo) for dynamo in ((False, True) if fast else (True,))]
     graphs: list[bytes] = first_that_works("The network cannot be exported to ONNX", *attempts)
