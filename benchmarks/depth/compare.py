@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -63,11 +64,12 @@ RECIPE = HealConfig(distill=0.9, temperature=4.0, features=2.0, fade=0.3)
 SGD = replace(RECIPE, lr=0.01, precision="bf16-mixed")
 ADAMW = replace(RECIPE, lr=4e-4, optimizer="adamw")
 SETTINGS = {
-    "resnet20": Setting(RESNET, 0.75, SGD, 10_000, 3),
-    "resnet56": Setting(RESNET, 0.67, SGD, 10_000, 2),
-    "mobilenetv2": Setting("cifar10:{}?size=96&norm=half&augment=flip&batch=64&train={}", 0.77, ADAMW, 2_000, 2),
+    "resnet20": Setting(RESNET, 0.75, SGD, 10_000, 2),
+    "resnet56": Setting(RESNET, 0.67, SGD, 6_000, 2),
+    "mobilenetv2": Setting("cifar10:{}?size=96&norm=half&augment=flip&batch=64&train={}", 0.77, ADAMW, 1_500, 2),
     "vit": Setting("cifar10:{}?norm=imagenet&augment=flip-shift&batch=64&train={}", 0.63, ADAMW, 5_000, 2),
 }
+UNHEALED = "auto (no local healing)"
 SKIPPED = {"random": "a control, below"}
 
 
@@ -114,11 +116,11 @@ class Bench:
     def contestants(self) -> list[str]:
         """Names of the rows that are trained: methods, controls and the peer."""
         methods = [m.name for m in pm.methods("depth") if m.name not in SKIPPED]
-        return [*methods, "random blocks", "random activations", "torch-pruning", "dense + same training"]
+        return [UNHEALED, *methods, "random blocks", "random activations", "torch-pruning", "dense + same training"]
 
     def train(self, name: str, seed: int) -> None:
         """Make one contestant, unless its file is there."""
-        label = f"{name.replace(' ', '-')}-{seed}"
+        label = label_of(name, seed)
         record = self.folder / f"{label}.json"
         if record.exists():
             return
@@ -144,6 +146,8 @@ class Bench:
         if name.startswith("random"):
             config = pm.get_method("random").make_config(sites=name.split()[1].rstrip("s"))
             name = "random"
+        if name == UNHEALED:
+            config, name = pm.get_method("auto").make_config(importance="answers"), "auto"
         method = pm.get_method(name)
         epochs = self.setting.epochs if method.prepare is None else max(self.setting.epochs // 2, 1)
         heal_config = replace(self.setting.heal, epochs=epochs)
@@ -222,7 +226,7 @@ class Bench:
         records = [json.loads(f.read_text()) for f in sorted(self.folder.glob("*-[0-9].json"))]
         networks: dict[str, nn.Module] = {"dense": self.dense}
         for record in records:
-            label = f"{record['name'].replace(' ', '-')}-{record['seed']}"
+            label = label_of(record["name"], record["seed"])
             file = self.folder / f"{label}.safetensors"
             if file.exists():
                 networks[label] = pm.load(self.dense, file).eval()
@@ -246,7 +250,7 @@ class Bench:
         facts: dict[str, list[dict[str, Any]]] = {}
         for record in records:
             facts.setdefault(record["name"], []).append(record)
-            label = f"{record['name'].replace(' ', '-')}-{record['seed']}"
+            label = label_of(record["name"], record["seed"])
             if label in networks:
                 groups.setdefault(record["name"], []).append(label)
         for label in networks:
@@ -284,6 +288,12 @@ class Bench:
             "n": len(pooled),
             "difference": None if labels == ["dense"] else list(paired_difference(pooled, dense)),
         }
+
+
+def label_of(name: str, seed: int) -> str:
+    """The name of a contestant's files."""
+    plain = re.sub(r"[^\w+]+", "-", name).strip("-")
+    return f"{plain}-{seed}"
 
 
 def _silent(_: str) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from palmette.depth import auto
-from palmette.depth.auto import AutoConfig
+from palmette.depth.auto import AutoConfig, _spent, local_steps
 from palmette.depth.front import Point, thinned
 from palmette.depth.importance import Reference, trial
 from palmette.depth.knapsack import Pick
@@ -18,6 +19,7 @@ from palmette.depth.shrink import shrink
 from palmette.errors import DataError, InputError
 from palmette.graph import Plan, capture, drop, find_sites, load
 from palmette.registry import get_method
+from palmette.train.loop import HealConfig
 
 
 def _run(trained, blobs, quick, **options):
@@ -81,10 +83,22 @@ def test_edits_can_be_left_out(trained, blobs, quick) -> None:
 def test_healed_importance_trains_each_entry_a_little(trained, blobs, quick) -> None:
     config = AutoConfig(linearize=False, fit_linear=False, parallelize=False, importance="healed", steps=2)
     healed = _run(trained, blobs, quick, config=config, rounds=0)
-    plain = _run(trained, blobs, quick, config=AutoConfig(), rounds=0)
+    plain = _run(trained, blobs, quick, config=AutoConfig(importance="answers"), rounds=0)
     before = {row["name"]: row["score"] for row in plain.ranking}
     after = {row["name"]: row["score"] for row in healed.ranking}
     assert any(after[name] < before[name] for name in after)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "options", "steps", "spent"),
+    [(10, 10, 16, 1), (100, 10, 16, 0), (1, 10, 0, 0), (2, 10, 4, 1), (0, 10, 0, 0), (3, 0, 16, 0)],
+)
+def test_local_healing_is_never_longer_than_one_healing(epochs, options, steps, spent) -> None:
+    session = SimpleNamespace(train=range(20), heal=HealConfig(epochs=epochs))
+    assert local_steps(session, options, AutoConfig()) == steps
+    assert steps * options <= max(epochs, 1) * 20
+    assert _spent(session, options, AutoConfig()) == spent
+    assert local_steps(session, options, AutoConfig(importance="answers")) == 0
 
 
 def test_nothing_may_be_done() -> None:

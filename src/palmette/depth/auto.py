@@ -4,17 +4,17 @@ Idea: time each possible removal (linearised activations, dropped blocks, closed
 parallel branches, convolutions left out), measure how far it moves the network's answers, choose by dynamic
 programming the sets that no other beats, and time those collapsed. Papers: Kim et al., "Efficient Latency-Aware CNN
 Depth Compression via Two-Stage Dynamic Programming", ICML 2023; Kim et al., "LayerMerge", ICML 2024. Differs: any
-graph; blocks, spans and parallel branches beside merges; the importance table is filled by comparing answers instead
-of by hundreds of fine-tunings (`importance="healed"` heals each entry for `steps` batches first); the whole front
-instead of one budget. Cost: one pass for all fits, a few batches per removal, some seconds per point of the front,
-then at most `trainings` healing schedules.
+graph; blocks, spans and parallel branches beside merges; the importance table is filled by comparing answers after
+`steps` batches of healing instead of by hundreds of fine-tunings (`importance="answers"`: without any healing); the
+whole front instead of one budget. Cost: one pass for all fits, a few batches per removal, some seconds per point of
+the front, then healing schedules: at most `trainings` of them, the steps before taken together as one of these.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -32,9 +32,12 @@ from palmette.graph import Candidate, Plan, edits_of
 from palmette.graph.capture import example_of
 from palmette.meter.compute import macs
 from palmette.registry import Bounds, MethodConfig, method
+from palmette.train.batches import length
 from palmette.train.labels import is_cross_entropy
 from palmette.trials import run_trials
 
+LEAST_STEPS = 4
+"""Fewer steps of local healing say less than none: they move every network by about as much."""
 UNITS = 4096
 """The dense cost in whole units of gain: the front is exact to a four-thousandth of it."""
 
@@ -49,7 +52,7 @@ class AutoConfig(MethodConfig):
     parallelize: bool = True
     identity: bool = True
     longest: Annotated[int, Bounds(low=1, high=8)] = 3
-    importance: Literal["answers", "healed"] = "answers"
+    importance: Literal["answers", "healed"] = "healed"
     batches: Annotated[int | None, Bounds(low=1)] = 8
     steps: Annotated[int, Bounds(low=1)] = 16
     points: Annotated[int, Bounds(low=1)] = 24
@@ -77,7 +80,8 @@ def search(session: Session, baseline: dict[str, Any], say: Callable[[str], None
     goal = target_ms(settings.target_latency, dense_ms)
     options, points = explore(session, say)
     probes = Probes(session, [o for o, _ in options], points)
-    limit = config.trainings if settings.rounds is None else min(config.trainings, settings.rounds)
+    left = config.trainings - _spent(session, len(options), config)
+    limit = left if settings.rounds is None else min(left, settings.rounds)
     start = None if goal is None else reaching(points, goal, session.table.runtime)
     found: list[Round] = []
     low, high, winner, ended = -1, len(points) if goal is not None else len(hopeful(session, points)), -1, ""
@@ -113,9 +117,14 @@ def _config(session: Session) -> AutoConfig:
     return config if isinstance(config, AutoConfig) else AutoConfig()
 
 
-def explore(session: Session, say: Callable[[str], None]) -> tuple[list[tuple[Option, float]], list[Point]]:
-    """Every option with its importance, and the measured front: points of falling cost and rising loss."""
-    config = _config(session)
+def explore(
+    session: Session, say: Callable[[str], None], *, train: bool = True
+) -> tuple[list[tuple[Option, float]], list[Point]]:
+    """Every option with its importance, and the measured front: points of falling cost and rising loss.
+
+    train: False compares answers without any healing, whatever the config says.
+    """
+    config = _config(session) if train else replace(_config(session), importance="answers")
     say("timing what could be removed")
     options = find_options(
         session.dense,
@@ -150,9 +159,10 @@ def importance(session: Session, options: Sequence[Option], config: AutoConfig) 
     compared = Calibration(session.val, config.batches, seed)  # the same batches when the run is resumed
     reference = Reference.of(session.dense, compared, config.batches, classes=classes)
     session.run.once("ignorance", lambda: reference.ignorance)
-    if config.importance == "healed":
-        lessons = Calibration(session.train, config.steps, seed)
-        local = LocalHealing.of(lessons, config.steps, session.heal, seed, session.loss_fn)
+    steps = local_steps(session, len(options), config)
+    if steps:
+        lessons = Calibration(session.train, steps, seed)
+        local = LocalHealing.of(lessons, steps, session.heal, seed, session.loss_fn)
     measure = partial(
         trial,
         dense=session.dense,
@@ -170,6 +180,24 @@ def importance(session: Session, options: Sequence[Option], config: AutoConfig) 
         label="importance",
     )
     return {key: None if isinstance(value, str) else max(float(value), 0.0) for key, value in found.items()}
+
+
+def local_steps(session: Session, options: int, config: AutoConfig) -> int:
+    """Steps of healing for each option: `config.steps` unless all together would be longer than a healing schedule.
+
+    Too few to mend anything are none.
+    """
+    if config.importance == "answers":
+        return 0
+    schedule = length(session.train)
+    steps = config.steps if schedule is None else min(config.steps, session.heal.epochs * schedule // max(options, 1))
+    return steps if steps >= min(LEAST_STEPS, config.steps) else 0
+
+
+def _spent(session: Session, options: int, config: AutoConfig) -> int:
+    """How many of the `trainings` the healing of all options stands for: one when it is more than half of one."""
+    schedule = session.heal.epochs * (length(session.train) or 0)
+    return int(config.trainings > 1 and 2 * options * local_steps(session, options, config) > schedule > 0)
 
 
 def hopeful(session: Session, points: Sequence[Point]) -> list[Point]:

@@ -89,7 +89,7 @@ class LocalHealing:
     @classmethod
     def of(cls, loader: Iterable[Any], steps: int, config: HealConfig, seed: int, loss_fn: LossFn | None) -> Any:
         """The healing of `steps` batches with the recipe of `config`, for one epoch."""
-        short = HealConfig(**{**config.to_dict(), "epochs": 1, "distill": max(config.distill, 0.9)})
+        short = HealConfig(**{**config.to_dict(), "epochs": 1, "fade": 0.0, "distill": max(config.distill, 0.9)})
         return cls(batches=tuple(itertools.islice(iter(loader), steps)), config=short, loss_fn=loss_fn, seed=seed)
 
     def __call__(self, network: fx.GraphModule, dense: fx.GraphModule) -> None:

@@ -192,7 +192,7 @@ def _previewed_rounds(session: Session) -> tuple[list[dict[str, Any]], int, str]
 
 def _previewed_search(session: Session) -> tuple[list[dict[str, Any]], int, str]:
     """Ranking, most trainings, and how far the front reaches, for a method with a search of its own."""
-    options, points = explore(session, _silent)
+    options, points = explore(session, _silent, train=False)
     config = session.config if isinstance(session.config, AutoConfig) else AutoConfig()
     reach = ""
     if points:
