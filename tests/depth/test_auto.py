@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -82,7 +83,7 @@ def test_edits_can_be_left_out(trained, blobs, quick) -> None:
 
 def test_healed_importance_trains_each_entry_a_little(trained, blobs, quick) -> None:
     config = AutoConfig(linearize=False, fit_linear=False, parallelize=False, importance="healed", steps=2)
-    healed = _run(trained, blobs, quick, config=config, rounds=0)
+    healed = _run(trained, blobs, replace(quick, epochs=100), config=config, rounds=0)
     plain = _run(trained, blobs, quick, config=AutoConfig(importance="answers"), rounds=0)
     before = {row["name"]: row["score"] for row in plain.ranking}
     after = {row["name"]: row["score"] for row in healed.ranking}
