@@ -34,6 +34,8 @@ from palmette.graph.inputs import call, main_output
 
 RESULTS = Path(__file__).parent / "results" / "coverage.json"
 FLOAT64_BOUND, FLOAT32_BOUND = 1e-10, 1e-4
+ROUNDINGS = 8
+"""Roundings of its weights by which a collapsed network may differ from the edited one."""
 FITS = ("affine", "mask", "identity")
 PADS = ("repad", "bias_map", "exact")
 OTHERS = {"drops": "drop", "fits": "fit_linear", "parallel": "parallelize", "identities": "identity"}
@@ -152,7 +154,8 @@ def check_plan(row: dict[str, Any], family: Family, pair: tuple[nn.Module, nn.Mo
     twin = plan.apply(pair[1], _cast(example, torch.float64), pad=pad)
     done["float64"] = worst_error(family, twin, graph.collapse(twin, cost="macs", force=True)[0], torch.float64)
     done["rounding"] = rounding_error(family, edited, twin)
-    if done["float64"] > FLOAT64_BOUND or done["float32"] > max(FLOAT32_BOUND, 4 * done["rounding"]):
+    done["condition"] = condition(family, twin)
+    if done["float64"] > bound(done, torch.float64) or done["float32"] > bound(done, torch.float32):
         return f"errors float64 {done['float64']:.1e}, float32 {done['float32']:.1e} ({pad}, {len(plan)} edits)"
     before = [p.detach().clone() for p in small.parameters()]
     step(small.train(), inputs(family, 4, 7))
@@ -260,6 +263,32 @@ def rounding_error(family: Family, edited: nn.Module, twin: nn.Module) -> float:
         return relative(main_output(call(twin.eval(), _cast(x, torch.float64))), main_output(call(edited, x)))
 
 
+def condition(family: Family, twin: nn.Module) -> float:
+    """How many times larger than a relative change of all weights the relative change of the outputs is, in float64.
+
+    A merge rounds the weights that it makes. What one rounding of the edited network's own weights does to its outputs
+    is therefore the least that a merge can be held to, whatever the network amplifies it by.
+    """
+    small, worst = 1e-12, 0.0
+    xs = [_cast(inputs(family, batch, 200 + batch), torch.float64) for batch in (1, 2, 5)]
+    twin.eval()
+    with torch.no_grad():
+        references = [main_output(call(twin, x)) for x in xs]
+        for seed in (0, 1):
+            moved, generator = copy.deepcopy(twin), torch.Generator().manual_seed(seed)
+            for p in moved.parameters():
+                p.mul_(1 + small * (2 * torch.rand(p.shape, generator=generator, dtype=p.dtype) - 1))
+            for x, reference in zip(xs, references, strict=True):
+                worst = max(worst, relative(reference, main_output(call(moved, x))))
+    return worst / small
+
+
+def bound(plan: dict[str, Any], dtype: torch.dtype) -> float:
+    """What the collapsed network may differ by: a fixed bound, or what rounding its weights does where that is more."""
+    fixed = FLOAT64_BOUND if dtype == torch.float64 else max(FLOAT32_BOUND, 4 * plan["rounding"])
+    return max(fixed, ROUNDINGS * plan["condition"] * torch.finfo(dtype).eps / 2)
+
+
 def _cast(x: Any, dtype: torch.dtype) -> Any:
     if isinstance(x, dict):
         return {k: _cast(v, dtype) for k, v in x.items()}
@@ -285,15 +314,15 @@ def run_isolated(key: str, *, seconds: float, gibibytes: float) -> dict[str, Any
     return {"family": key, "passed": False, "failures": [f"crashed: {tail[0]}"]}
 
 
-def _rounding(row: dict[str, Any]) -> str:
-    found = [p["rounding"] for p in row.get("plans", []) if "rounding" in p]
+def _largest(row: dict[str, Any], name: str) -> str:
+    found = [p[name] for p in row.get("plans", []) if name in p]
     return f"{max(found):.1e}" if found else "-"
 
 
 def format_table(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table, failures below it."""
     titles = ("family", "input", "passes", "activations", "blocks", "merged", "dropped", "fitted", "parallel (wide)")
-    titles += ("identities", "float64", "float32", "(rounding)", "s")
+    titles += ("identities", "float64", "float32", "(rounding)", "condition", "s")
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for row in rows:
         cells = [
@@ -309,7 +338,8 @@ def format_table(rows: list[dict[str, Any]]) -> str:
             str(row.get("identities", 0)),
             f"{row.get('worst_float64') or 0:.1e}",
             f"{row.get('worst_float32') or 0:.1e}",
-            _rounding(row),
+            _largest(row, "rounding"),
+            _largest(row, "condition"),
             str(row.get("seconds", "")),
         ]
         lines.append("| " + " | ".join(cells) + " |")

@@ -20,8 +20,9 @@ every family: the captured graph's output equals the model's bit for bit; dropou
 statistics after one step equal the original's; random legal plans are applied and collapsed by force, and the result
 is held against the edited network in float64 (bound 1e-10) and float32 (bound 1e-4, relative); the collapsed network
 trains one step. Random removals in a network of random weights can amplify rounding: `(rounding)` is the error of the
-edited network in float32 against itself in float64, and where four times that exceeds 1e-4 it is the bound. No family
-has a line of code of its own.
+edited network in float32 against itself in float64, and `condition` how many times larger than a relative change of
+all its weights that of its outputs is. Where four times the former exceeds 1e-4, or eight roundings of the weights
+exceed a bound, these are the bound: no merge can be held to less. No family has a line of code of its own.
 
 PyTorch's fused inference path of `nn.MultiheadAttention` is another function in float32 (about 3e-6 off). It is turned
 off on both sides of the comparison, since it cannot be trained.

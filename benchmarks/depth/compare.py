@@ -42,7 +42,6 @@ from palmette.graph.inputs import with_batch
 from palmette.meter.latency import measure_latency
 from palmette.resolve import resolve_data
 from palmette.stats import paired_difference
-from palmette.train.features import matched_places
 from palmette.train.loop import HealConfig, heal
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
@@ -209,10 +208,6 @@ class Bench:
         config = replace(self.setting.heal, epochs=self.setting.epochs)
         run.mkdir(exist_ok=True)
         teacher = pm.capture(self.dense, with_batch(self._example(), 2)).eval()
-        try:
-            matched_places(network, teacher)
-        except PalmetteError:  # no tensor of the dense network's shape is left to be compared: answers alone
-            config = replace(config, features=0.0)
         heal(network, self.data.train, config, teacher=teacher, seed=seed, checkpoint=run / "heal.safetensors")
         network.eval()
 

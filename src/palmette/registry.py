@@ -123,8 +123,8 @@ class Method:
     with these edited, of the present network for (). `edits(candidate, config) -> [Edit]`: default the candidate's own
     edit at each site. `fit(plan, network, config, *, loader) -> Plan`: slopes and offsets of its own; what it leaves
     open is fitted as ever. `heals(config)`: whether a removal is followed by healing (default yes). `keeps_zeros`:
-    weights that are exactly 0 stay 0 in healing. `search(session, baseline, say)`: a search of its own in place of the
-    rounds.
+    weights that are exactly 0 stay 0 in healing. `cross_entropy`: its score is that loss, so that it is refused beside
+    another one. `search(session, baseline, say)`: a search of its own in place of the rounds.
     """
 
     name: str
@@ -145,6 +145,7 @@ class Method:
     fit: Callable[..., Any] | None = None
     heals: Callable[..., bool] | None = None
     keeps_zeros: bool = False
+    cross_entropy: bool = False
     search: Callable[..., Any] | None = None
 
     def make_config(self, **options: Any) -> MethodConfig:

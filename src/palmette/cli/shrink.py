@@ -139,7 +139,7 @@ def show(result: ShrinkResult, method: str) -> None:
     """Print a result: the ranking of a dry run, or the accounting table, the proof and the path of the report."""
     from palmette.registry import get_method
 
-    if result.expected_seconds is not None:
+    if not result.rows:
         if result.ranking:
             tables.console.print(tables.ranking(result.ranking, get_method(method).unit))
         tables.say(result.message)

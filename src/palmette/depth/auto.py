@@ -91,6 +91,9 @@ def search(session: Session, baseline: dict[str, Any], say: Callable[[str], None
             break
         if len(found) >= limit:
             ended = f"the limit of {limit} training{'' if limit == 1 else 's'} was reached"
+            ended += (
+                " (one more went into the importance of the options)" if limit < config.trainings == left + 1 else ""
+            )
             break
         index = start if start is not None and not found else _between(points, low, high, session)
         entry = probes.heal(len(found), index, baseline)
@@ -109,6 +112,7 @@ def search(session: Session, baseline: dict[str, Any], say: Callable[[str], None
         first_scores=tuple(ranked(options)),
         ended=ended,
         random=probes.random,
+        goal=goal,
     )
 
 

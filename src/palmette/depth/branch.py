@@ -54,6 +54,7 @@ class Branch:
         self.fresh: tuple[fx.GraphModule, Plan] | None = None  # what the last plan, not yet healed, was applied to
         self.watched: dict[str, float] | None = None
         self.trainings = 0
+        self.last: dict[str, Any] = {}  # the last choice as it was journaled
 
     def stage(self, number: int, step: str) -> str:
         """The name under which a step of a round is journaled."""
@@ -107,7 +108,7 @@ class Branch:
                 ranking, count=count, until=until, clock=self.session.clock
             )
 
-        stored = self.session.run.once(self.stage(number, "choice"), choose)
+        self.last = stored = self.session.run.once(self.stage(number, "choice"), choose)
         return self.take(stored) if stored["names"] else None
 
     def take(self, stored: dict[str, Any]) -> Choice:

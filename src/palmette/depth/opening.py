@@ -32,6 +32,7 @@ from palmette.graph.inputs import Example, batch_size, with_batch
 from palmette.meter.table import CostTable
 from palmette.registry import Method, MethodConfig, get_method
 from palmette.run import Run
+from palmette.train.labels import is_cross_entropy
 from palmette.train.loop import HealConfig
 from palmette.train.spread import Spread
 
@@ -83,6 +84,7 @@ def opened(
     first_inputs(data.train, "training")
     example, dense = _captured(model, data.val, example_inputs)
     _check_sites(dense, example, chosen, options)
+    _check_loss(chosen, loss_fn)
     described = {**asdict(settings), "method": chosen.name, "options": asdict(options), "protect": list(protect)}
     described |= {"heal": heal.recipe(), "network": weights_hash(model.state_dict()), **(more or {})}
     names = {"command": _as_call(verb, chosen.name, settings, heal), **names}
@@ -149,6 +151,15 @@ def _as_call(verb: str, method: str, settings: Settings, heal: HealConfig) -> st
     return f"palmette.{verb}(model, train_loader, val_loader, {', '.join(f'{k}={v}' for k, v in given.items())})"
 
 
+def _check_loss(method: Method, loss_fn: Callable[..., Any] | None) -> None:
+    """Refuse a method whose score is cross entropy for a network that is trained with another loss."""
+    if method.cross_entropy and not is_cross_entropy(loss_fn):
+        raise InputError(
+            f"method {method.name!r} scores by cross entropy, and another loss_fn was given",
+            fix="Choose a method whose score needs no labels, such as affine_residual or auto",
+        )
+
+
 def _changed(settings: Any, default: Any) -> dict[str, str]:
     before = asdict(default)
     return {name: repr(value) for name, value in asdict(settings).items() if value != before[name]}
@@ -196,7 +207,7 @@ def _table(cost: str | CostTable | None, run: Run, threads: int) -> CostTable:
 
 @contextmanager
 def _folder(run_dir: Path | None) -> Iterator[Path]:
-    """The run folder, or a temporary one; one made by this call goes again when it fails before its first result."""
+    """The run folder, or a temporary one; one made by this call goes again when it holds nothing to go on from."""
     if run_dir is None:
         name = ranks.from_first(lambda: tempfile.mkdtemp(prefix="palmette-"))
         try:
@@ -209,10 +220,16 @@ def _folder(run_dir: Path | None) -> Iterator[Path]:
     missing = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
     try:
         yield run_dir
-    except PalmetteError:
-        if ranks.leads() and run_dir in missing and not any(run_dir.glob("*-000.safetensors")):
+    except PalmetteError as error:
+        if ranks.leads() and run_dir in missing and not _worth_keeping(run_dir, error):
             shutil.rmtree(run_dir, ignore_errors=True)
             for folder in missing[1:]:
                 with suppress(OSError):
                     folder.rmdir()
         raise
+
+
+def _worth_keeping(run_dir: Path, error: PalmetteError) -> bool:
+    """Whether a failed run has trained: networks, or options healed by a run whose input is not what was wrong."""
+    trained = any(run_dir.glob("*.safetensors"))
+    return trained or (not isinstance(error, InputError) and any(run_dir.glob("importance/*.json")))

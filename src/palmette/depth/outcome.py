@@ -145,18 +145,21 @@ def ranking_rows(session: Session, found: Search) -> list[dict[str, Any]]:
 
 def _message(session: Session, found: Search, rows: list[dict[str, Any]]) -> str:
     """What happened in one sentence, with the resolved difference where something was removed."""
-    if found.winner < 0:
-        return f"Nothing was removed: {found.ended}. The dense network is returned."
-    shrunk = rows[1]
-    difference, low, high = shrunk["difference"]
     bound = session.settings.max_drop
     within = f"within {bound:g} point{'' if bound == 1 else 's'}"
+    if found.winner < 0:
+        tried = len(found.rounds) if found.random else 0
+        lost = f"none of the {tried} networks that were healed stayed {within}, and " if tried else ""
+        return f"Nothing was removed: {lost}{found.ended}. The dense network is returned."
+    shrunk = rows[1]
+    difference, low, high = shrunk["difference"]
     verdict = within if -low <= bound else f"{within} is not resolved"
     removed = shrunk["linearized"] + shrunk["dropped"] + shrunk["replaced"]
     rounds = f"{found.winner + 1} round{'s' if found.winner else ''}"
+    missed = f"; {found.missed}" if found.missed else ""
     how = f"by one training of {len(found.rounds)}" if found.random else f"in {rounds}"
     return (
         f"{removed} site{'s' if removed > 1 else ''} removed {how}; "
         f"accuracy {difference:+.2f} points [{low:+.2f}, {high:+.2f}] on {shrunk['n']} samples: {verdict}. "
-        f"The {'search' if found.random else 'rounds'} ended because {found.ended}."
+        f"The {'search' if found.random else 'rounds'} ended because {found.ended}{missed}."
     )

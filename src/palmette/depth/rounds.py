@@ -21,6 +21,7 @@ from palmette.device import parse_latency
 from palmette.errors import InputError
 from palmette.graph import Candidate, collapse
 from palmette.meter.compute import macs
+from palmette.train.batches import length
 from palmette.train.evaluate import Evaluation
 
 
@@ -60,6 +61,15 @@ class Search:
     first_scores: tuple[dict[str, Any], ...]
     ended: str
     random: Callable[[int], Branch] | None = None
+    goal: float | None = None
+
+    @property
+    def missed(self) -> str:
+        """What to say of a target latency that the winner does not reach; nothing when it does, or there was none."""
+        found = self.rounds[self.winner].latency_ms if self.winner >= 0 else None
+        if self.goal is None or found is None or found <= self.goal:
+            return ""
+        return f"the target of {self.goal:.3g} ms was not reached: {found:.3g} ms"
 
 
 def rank(session: Session, branch: Branch | None = None) -> Any:
@@ -113,7 +123,8 @@ def search(session: Session, baseline: dict[str, Any], say: Callable[[str], None
     while limit is None or number < limit:
         choice = branch.choose(number, rank(session, branch), until=goal if settings.one_shot else None)
         if choice is None:
-            ended = "no candidate is left whose removal pays" if number else _nothing(session)
+            ended = "no candidate is left whose removal pays" if number else _nothing(session, branch.last)
+            scores = scores or tuple(branch.last["scores"])
             break
         scores = choice.scores if number == 0 else scores
         entry = _round(session, branch, number, choice, baseline)
@@ -129,7 +140,7 @@ def search(session: Session, baseline: dict[str, Any], say: Callable[[str], None
         number += 1
     if found and winner < 0 and misses < patience:
         ended = f"no round stayed within {_points(settings.max_drop)}, and {ended}"
-    return Search(branch=branch, rounds=tuple(found), winner=winner, first_scores=scores, ended=ended)
+    return Search(branch=branch, rounds=tuple(found), winner=winner, first_scores=scores, ended=ended, goal=goal)
 
 
 def _round(session: Session, branch: Branch, number: int, choice: Choice, baseline: dict[str, Any]) -> Round:
@@ -194,13 +205,30 @@ def cost_of(session: Session, branch: Branch) -> dict[str, Any]:
     return {"macs": macs(small, session.single), "latency_ms": session.clock(small)}
 
 
-def _nothing(session: Session) -> str:
-    kind = session.method.kind(session.config)
-    return f"no {kind} can be removed at a gain on the chosen cost ({session.table.runtime})"
+def _nothing(session: Session, choice: dict[str, Any]) -> str:
+    """Why the first round removed nothing."""
+    scores, refused = choice["scores"], choice["refused"]
+    if not scores:
+        kind = session.method.kind(session.config)
+        return f"no {kind} can be removed at a gain on the chosen cost ({session.table.runtime})"
+    if refused:
+        name, why = next(iter(refused.items()))
+        return f"none of {len(refused)} candidates can be removed, {name} for instance: {why}"
+    best = min(scores, key=lambda row: float(row["score"]))
+    return (
+        f"the method selects none of {len(scores)} candidates; nearest is {best['name']} "
+        f"({session.method.unit}: {best['score']:.4g})"
+    )
 
 
-def expected_seconds(session: Session, rounds: int) -> float:
-    """Seconds that healing `rounds` rounds will take, from timed forward passes (backward counts twice)."""
+def expected_seconds(session: Session, rounds: int) -> float | None:
+    """Seconds that healing `rounds` rounds will take, from timed forward passes (backward counts twice).
+
+    None when the training loader does not know its length.
+    """
+    batches = length(session.train)
+    if batches is None:
+        return None
     probe = copy.deepcopy(session.dense)
     begun = time.perf_counter()
     probed = 0
@@ -208,5 +236,4 @@ def expected_seconds(session: Session, rounds: int) -> float:
         session.evaluate(probe, [batch])
         probed += 1
     per_step = 3 * (time.perf_counter() - begun) / max(probed, 1)
-    steps = len(session.train) * session.heal.epochs * rounds  # type: ignore[arg-type]
-    return float(per_step * steps)
+    return float(per_step * batches * session.heal.epochs * rounds)

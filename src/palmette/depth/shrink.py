@@ -155,9 +155,10 @@ def _preview(session: Session) -> ShrinkResult:
     if session.settings.rounds is not None:
         rounds = min(rounds, session.settings.rounds)
     seconds = expected_seconds(session, rounds)
+    takes = "a time unknown for a loader without length" if seconds is None else f"about {max(seconds, 1):.0f} s"
     message = (
         f"{len(ranking)} candidate{'s pay' if len(ranking) > 1 else ' pays'}{more}; healing {rounds} "
-        f"round{'' if rounds == 1 else 's'} takes about {max(seconds, 1):.0f} s, each control as long again"
+        f"round{'' if rounds == 1 else 's'} takes {takes}, each control as long again"
     )
     nothing = f"Nothing pays on {session.table.runtime}; `palmette sites` lists what each removal saves in MACs"
     return ShrinkResult(

@@ -235,6 +235,7 @@ def select(
     select=select,
     edits=edits,
     fit=fit,
+    cross_entropy=True,
 )
 def score(
     captured: fx.GraphModule,

@@ -29,7 +29,11 @@ class HealConfig:
     warmup: float = 0.0
     """Share of all steps over which the learning rate rises linearly, in [0, 1)."""
     distill: float = 0.0
-    """Weight w of the distillation term, in [0, 1]: loss = (1 - w) task + w distillation."""
+    """Weight w of the distillation term, in [0, 1]: loss = (1 - w) task + w distillation.
+
+    The term is T^2 KL(teacher || model) over classes; with a loss_fn other than cross entropy the relative squared
+    error of the outputs.
+    """
     temperature: float = 2.0
     """Softening of both distributions in the distillation term, > 0."""
     features: float = 0.0

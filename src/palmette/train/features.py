@@ -27,6 +27,10 @@ PLACES = 6
 _TAP = "palmette_tap"
 
 
+class NoCommonPlace(InputError):
+    """Two networks share no tensor of one path and shape, so that their features cannot be compared."""
+
+
 @dataclass(frozen=True)
 class Place:
     """The same place in two networks: its stable path and the node that gives its tensor in each of them."""
@@ -42,7 +46,7 @@ def matched_places(student: nn.Module, teacher: nn.Module, limit: int = PLACES) 
     These are outputs of residual blocks of the same path and shape; where no block is in both, outputs of convolutions
     and linears, the last one left out. Behind each of them, what normalises or activates it is taken in as far as both
     networks have it: a linearised activation is held against the activation.
-    Raises InputError for a network that is not captured, and for two that have no place in common.
+    Raises InputError for a network that is not captured, NoCommonPlace for two that have no place in common.
     """
     for network, name in ((student, "model"), (teacher, "teacher")):
         if not is_captured(network):
@@ -57,7 +61,7 @@ def matched_places(student: nn.Module, teacher: nn.Module, limit: int = PLACES) 
     if not common:
         common = _common(first, first.operations(), second, second.operations())
     if not common:
-        raise InputError(
+        raise NoCommonPlace(
             "The model and its teacher have no place in common",
             where="HealConfig.features",
             why="no residual block and no operation with weights has the same path and shape in both",

@@ -60,7 +60,8 @@ def heal(
     checkpoint: a file to store the state in. If it exists, training goes on from there; if it is finished, its weights
     are loaded and nothing else happens.
     fabric: a launched Fabric for several devices (then whole epochs only are stored); by default one device, a GPU if
-    there is one. Batches of one sample are left out, with a warning, when the model has batch normalisation.
+    there is one. With a warning, batches of one sample are left out when the model has batch normalisation, and the
+    feature term when model and teacher have no place in common.
 
     The global random states are as before at the end. Raises InputError (nothing to train, no teacher), DataError
     (empty, one-pass or unseedable loader, labels out of range), TrainingError (loss not finite; names epoch and step),
@@ -129,6 +130,8 @@ def _heal(task: Task, fabric: Fabric | None) -> tuple[History, int]:
     if task.config.epochs > 0:
         check_repeatable(task.loader, task.seed)
     trainer = Trainer(task, _fabric_for(task, fabric), identity)
+    if task.config.features > 0 and trainer.taps is None:
+        warnings.warn(f"{task.label}: no place is left whose features could be compared", stacklevel=3)
     return trainer.run(stored), trainer.left_out
 
 

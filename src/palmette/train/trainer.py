@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,8 @@ from palmette.train.checkpoint import (
 )
 from palmette.train.config import HealConfig
 from palmette.train.constraints import Constraint
-from palmette.train.distill import distillation_loss
-from palmette.train.features import FeatureTaps
+from palmette.train.distill import distillation_loss, imitation_loss
+from palmette.train.features import FeatureTaps, NoCommonPlace
 from palmette.train.labels import LossFn, check_labels, is_cross_entropy, task_loss
 from palmette.train.progress import Report, progress
 
@@ -122,7 +122,8 @@ class Trainer:
         self.normalises = any(isinstance(module, _BATCH_NORMS) for module in task.model.modules())
         self.taps: FeatureTaps | None = None
         if self.config.features > 0 and task.teacher is not None:
-            self.taps = FeatureTaps(task.model, task.teacher)
+            with suppress(NoCommonPlace):  # an edit took the last one: the answers are left to learn from
+                self.taps = FeatureTaps(task.model, task.teacher)
 
     def _part(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """(epoch, step) where training begins, and where it stops. Raises DataError when the steps cannot be told."""
@@ -234,11 +235,13 @@ class Trainer:
         known = self._known(inputs)
         if weight == 0 or known is None:
             loss = self._task_loss(logits, target)
-        elif weight == 1:
-            loss = distillation_loss(logits, known, self.config.temperature)
         else:
-            learnt = distillation_loss(logits, known, self.config.temperature)
-            loss = (1 - weight) * self._task_loss(logits, target) + weight * learnt
+            classes = is_cross_entropy(self.task.loss_fn)
+            loss = (
+                distillation_loss(logits, known, self.config.temperature) if classes else imitation_loss(logits, known)
+            )
+            if weight < 1:
+                loss = (1 - weight) * self._task_loss(logits, target) + weight * loss
         if self.taps is not None:
             loss = loss + self.config.features * self.taps.loss()
         for term in self.task.loss_terms:
