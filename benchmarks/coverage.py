@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from coverage_errors import bound, cast, condition, relative, rounding_error, worst_error
 from coverage_families import CLASSES, Family, build, families, inputs, spread
-from torch import Tensor, nn
+from torch import nn
 
 from palmette import graph
 from palmette.errors import PalmetteError
@@ -33,9 +34,6 @@ from palmette.graph.candidates import EDITS
 from palmette.graph.inputs import call, main_output
 
 RESULTS = Path(__file__).parent / "results" / "coverage.json"
-FLOAT64_BOUND, FLOAT32_BOUND = 1e-10, 1e-4
-ROUNDINGS = 8
-"""Roundings of its weights by which a collapsed network may differ from the edited one."""
 FITS = ("affine", "mask", "identity")
 PADS = ("repad", "bias_map", "exact")
 OTHERS = {"drops": "drop", "fits": "fit_linear", "parallel": "parallelize", "identities": "identity"}
@@ -62,7 +60,7 @@ def check_family(family: Family) -> dict[str, Any]:
     _check(row, "bit-equal", lambda: check_equal(family, model, captured))
     _check(row, "train", lambda: check_train(family, model, captured))
     _check(row, "sites", lambda: check_sites(row, captured, example))
-    wide = graph.capture(copy.deepcopy(model).double(), _cast(example, torch.float64))
+    wide = graph.capture(copy.deepcopy(model).double(), cast(example, torch.float64))
     for seed in range(PLANS):
         _check(row, f"plan {seed}", lambda seed=seed: check_plan(row, family, (captured, wide), example, seed))
     _check(row, "merges", lambda: check_merges(row))
@@ -151,7 +149,7 @@ def check_plan(row: dict[str, Any], family: Family, pair: tuple[nn.Module, nn.Mo
     done["refused"] = sorted({m.reason for m in record.merges if not m.done})[:4]
     done["parameters"] = sum(p.numel() for p in small.parameters())
     done["float32"] = worst_error(family, edited, small)
-    twin = plan.apply(pair[1], _cast(example, torch.float64), pad=pad)
+    twin = plan.apply(pair[1], cast(example, torch.float64), pad=pad)
     done["float64"] = worst_error(family, twin, graph.collapse(twin, cost="macs", force=True)[0], torch.float64)
     done["rounding"] = rounding_error(family, edited, twin)
     done["condition"] = condition(family, twin)
@@ -232,67 +230,6 @@ def step(network: nn.Module, x: Any) -> None:
     labels = torch.arange(logits.shape[0]) % CLASSES
     nn.functional.cross_entropy(logits, labels).backward()
     optimizer.step()
-
-
-def relative(reference: Tensor, value: Tensor) -> float:
-    """Largest difference relative to the largest reference value."""
-    scale = reference.double().abs().max().clamp_min(1e-30)
-    return float((reference.double() - value.double()).abs().max() / scale)
-
-
-def worst_error(family: Family, edited: nn.Module, small: nn.Module, dtype: torch.dtype = torch.float32) -> float:
-    """Largest relative error of the collapsed against the edited network over batches 1, 2 and 5, in eval mode."""
-    worst = 0.0
-    edited.eval()
-    small.eval()
-    with torch.no_grad():
-        for batch in (1, 2, 5):
-            x = _cast(inputs(family, batch, 200 + batch), dtype)
-            worst = max(worst, relative(main_output(call(edited, x)), main_output(call(small, x))))
-    return worst
-
-
-def rounding_error(family: Family, edited: nn.Module, twin: nn.Module) -> float:
-    """Relative error of the edited network in float32 against itself in float64: no merge can be held to less.
-
-    Random weights with random removals can amplify rounding; merging is then judged against what float32 gives anyway.
-    """
-    edited.eval()
-    x = inputs(family, 5, 205)
-    with torch.no_grad():
-        return relative(main_output(call(twin.eval(), _cast(x, torch.float64))), main_output(call(edited, x)))
-
-
-def condition(family: Family, twin: nn.Module) -> float:
-    """How many times larger than a relative change of all weights the relative change of the outputs is, in float64.
-
-    A merge rounds the weights that it makes. What one rounding of the edited network's own weights does to its outputs
-    is therefore the least that a merge can be held to, whatever the network amplifies it by.
-    """
-    small, worst = 1e-12, 0.0
-    xs = [_cast(inputs(family, batch, 200 + batch), torch.float64) for batch in (1, 2, 5)]
-    twin.eval()
-    with torch.no_grad():
-        references = [main_output(call(twin, x)) for x in xs]
-        for seed in (0, 1):
-            moved, generator = copy.deepcopy(twin), torch.Generator().manual_seed(seed)
-            for p in moved.parameters():
-                p.mul_(1 + small * (2 * torch.rand(p.shape, generator=generator, dtype=p.dtype) - 1))
-            for x, reference in zip(xs, references, strict=True):
-                worst = max(worst, relative(reference, main_output(call(moved, x))))
-    return worst / small
-
-
-def bound(plan: dict[str, Any], dtype: torch.dtype) -> float:
-    """What the collapsed network may differ by: a fixed bound, or what rounding its weights does where that is more."""
-    fixed = FLOAT64_BOUND if dtype == torch.float64 else max(FLOAT32_BOUND, 4 * plan["rounding"])
-    return max(fixed, ROUNDINGS * plan["condition"] * torch.finfo(dtype).eps / 2)
-
-
-def _cast(x: Any, dtype: torch.dtype) -> Any:
-    if isinstance(x, dict):
-        return {k: _cast(v, dtype) for k, v in x.items()}
-    return x.to(dtype) if x.is_floating_point() else x
 
 
 # one process per family, results in one file
