@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from palmette import compat
-from palmette.deploy.hf_config import Kept, renumbered, shortened
 from palmette.deploy.huggingface import CODE, NOTE, HuggingFaceReport, is_hugging_face, save_pretrained
 from palmette.errors import ExportError, InputError
+from palmette.files import TEMPORARY_PREFIX
 from palmette.graph import Plan, candidates, capture, collapse, drop, find_sites, linearize
 from palmette.graph.inputs import call, main_output
 
@@ -327,36 +327,56 @@ def test_an_earlier_folder_is_replaced_and_the_tokenizer_comes_along(tmp_path: P
     shutil.rmtree(origin)
 
 
-# ---- configs ---------------------------------------------------------------------------------------------------------
+def test_nothing_of_the_working_folder_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model built from a config has no folder that it came from."""
+    model, example, dense = network("bert")
+    for name in ("config.json", "vocab.txt", "secrets.env"):
+        (tmp_path / name).write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    save_pretrained(shrunk("bert", layers=[0]), model, tmp_path / "folder", example, dense=dense)
+    assert {file.name for file in (tmp_path / "folder").iterdir()} == {"config.json", "model.safetensors", NOTE}
 
 
-def test_names_are_counted_anew() -> None:
-    kept = [Kept("encoder.layer", 4, (1, 3))]
-    assert renumbered("encoder.layer.3.attention.weight", kept) == "encoder.layer.1.attention.weight"
-    assert renumbered("encoder.layer.2.attention.weight", kept) is None
-    assert renumbered("encoder.layer.1", kept) == "encoder.layer.0"
-    assert renumbered("encoder.layers.2.weight", kept) == "encoder.layers.2.weight"
+def test_only_files_of_tokenizers_and_processors_come_along(tmp_path: Path) -> None:
+    model, example, dense = network("bert")
+    origin = tmp_path / "origin"
+    model.save_pretrained(origin)
+    kept = {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.json",
+        "merges.txt",
+        "spiece.model",
+        "chat_template.jinja",
+    }
+    kept |= {"added_tokens.json", "special_tokens_map.json", "preprocessor_config.json", "generation_config.json"}
+    for name in (*kept, ".env", "train.log", "optimizer.pt", "notes.json", "trainer_state.json"):
+        (origin / name).write_text("{}")
+    source = type(model).from_pretrained(origin).eval()
+    save_pretrained(shrunk("bert", layers=[0]), source, tmp_path / "folder", example, dense=dense)
+    written = {"config.json", "model.safetensors", NOTE}
+    assert {file.name for file in (tmp_path / "folder").iterdir()} == kept | written
 
 
-def test_the_attribute_is_found_among_others_of_the_same_value() -> None:
-    model = model_of("bert")
-    assert model.config.num_attention_heads == model.config.num_hidden_layers == 3
-    (config,) = shortened(model, [Kept("bert.encoder.layer", 3, (0, 2))])
-    assert (config.num_hidden_layers, config.num_attention_heads) == (2, 3)
-    assert model.config.num_hidden_layers == 3
+def test_an_earlier_folder_outlives_a_failed_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, example, dense = network("bert")
+    small, folder = shrunk("bert", layers=[0]), tmp_path / "folder"
+    save_pretrained(small, model, folder, example, dense=dense)
+    before, move = {file.name: file.read_bytes() for file in folder.iterdir()}, Path.rename
 
+    def refused(self: Path, target: Path) -> Path:
+        if (self / NOTE).is_file() and Path(target) == folder and not folder.exists() and not moved:
+            moved.append(self)
+            raise OSError("the disk is full")
+        return move(self, target)
 
-def test_lists_with_an_entry_per_layer_are_cut() -> None:
-    config = next(shortened(model_of("qwen2"), [Kept("model.layers", 3, (0, 1))]))
-    assert config.num_hidden_layers == 2
-    assert config.layer_types == ["full_attention", "sliding_attention"]
-    config = next(shortened(model_of("qwen2"), [Kept("model.layers", 3, (1,))]))
-    assert config.layer_types == ["sliding_attention"]
-
-
-def test_layers_that_differ_in_shape_do_not_change_places() -> None:
-    model = model_of("swin")
-    assert list(shortened(model, [Kept("swin.encoder.layers", 2, (1,))])) == []
+    moved: list[Path] = []
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(OSError, match="disk is full"):
+        save_pretrained(small, model, folder, example, dense=dense)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    save_pretrained(small, model, folder, example, dense=dense)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(TEMPORARY_PREFIX)] == []
 
 
 def test_models_of_transformers_are_told_apart() -> None:

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import secrets
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,19 @@ from palmette.graph.inputs import Example, call
 
 CODE = "modeling_palmette.py"
 NOTE = "palmette.json"
-_WEIGHTS = (".safetensors", ".bin", ".py", ".pt", ".h5", ".msgpack", ".index.json")
+_COMPANIONS = (
+    "tokenizer*.json",
+    "vocab*",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "*.model",
+    "*.spm",
+    "*processor*_config.json",
+    "chat_template*",
+    "generation_config.json",
+)
+"""What is copied from the folder of the source: tokenizers, processors and how to generate, nothing else."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,23 +302,31 @@ def _auto_classes(source: nn.Module) -> list[str]:
 
 def _moved(report: HuggingFaceReport, source: nn.Module, place: Path, target: Path) -> HuggingFaceReport:
     """Put the proven folder in its place, with the tokenizer's files and a note of what it is."""
-    origin = Path(str(getattr(source.config, "_name_or_path", "") or "."))
-    for file in sorted(origin.iterdir()) if (origin / "config.json").is_file() else ():
-        if (
-            file.is_file()
-            and not file.name.endswith(_WEIGHTS)
-            and not (place / file.name).exists()
-            and file.name != NOTE
-        ):
+    name = str(getattr(source.config, "_name_or_path", "") or "")  # empty: built from a config, and of no folder
+    for file in sorted(Path(name).iterdir()) if name and Path(name, "config.json").is_file() else ():
+        known = any(fnmatch(file.name, pattern) for pattern in _COMPANIONS)
+        if known and file.is_file() and not (place / file.name).exists():
             shutil.copyfile(file, place / file.name)
     shutil.rmtree(place / "__pycache__", ignore_errors=True)
     done = HuggingFaceReport(**{**vars(report), "folder": target})
     write_json(place / NOTE, done.to_dict())
     place.chmod(0o755)
-    if target.exists():
-        shutil.rmtree(target)
-    place.rename(target)
+    _put(place, target)
     return done
+
+
+def _put(place: Path, target: Path) -> None:
+    """Move a folder to `target`; an earlier one there is set aside before and removed after, so that none is lost."""
+    if not target.exists():
+        place.rename(target)
+        return
+    earlier = target.rename(target.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(4)}-{target.name}"))
+    try:
+        place.rename(target)
+    except OSError:
+        earlier.rename(target)
+        raise
+    shutil.rmtree(earlier, ignore_errors=True)
 
 
 @contextlib.contextmanager
