@@ -216,6 +216,30 @@ def test_narrowed_networks_are_edited_and_collapsed_like_any_other(tmp_path):
     assert torch.equal(load(mobile(), tmp_path / "small.safetensors")(IMAGE), dead(IMAGE))
 
 
+class Leaking(nn.Module):
+    """PReLU with a slope per channel, inside a residual branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.act, self.head = nn.Conv2d(3, 16, 3), nn.PReLU(16), nn.Linear(16, 4)
+        self.inner, self.outer = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        return self.head((x + self.outer(self.act(self.inner(x)))).mean((2, 3)))
+
+
+def test_slopes_of_a_prelu_go_with_their_channels(tmp_path):
+    net = Leaking().eval()
+    nn.init.uniform_(net.act.weight)
+    small = prune_width(net, IMAGE, 0.5)
+    rows = kept(small, "rows")["inner"]
+    assert len(rows) == 8
+    assert torch.equal(small.get_parameter("act.weight"), net.act.weight[rows])
+    save(small, tmp_path / "small.safetensors", source=net)
+    assert torch.equal(load(net, tmp_path / "small.safetensors")(IMAGE), small(IMAGE))
+
+
 def test_what_is_given_stays_as_it_was():
     gm = captured("mobile")
     before = {k: v.clone() for k, v in gm.state_dict().items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -146,6 +147,59 @@ def test_what_is_written_over_is_no_constant():
     with torch.no_grad():
         net.first.weight[1], net.first.bias[1] = 0.0, 0.0
     assert removed(net, torch.randn(2, 4))[1] == {}
+
+
+class Leaking(nn.Module):
+    """PReLU with a slope per channel, inside a residual branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.act, self.head = nn.Conv2d(3, 16, 3), nn.PReLU(16), head(16)
+        self.inner, self.outer = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        return self.head(x + self.outer(self.act(self.inner(x))))
+
+
+def test_slopes_of_a_prelu_go_with_their_channels():
+    net = Leaking()
+    with torch.no_grad():
+        net.act.weight.copy_(torch.rand(16))
+        net.outer.weight[:, [1, 4]] = 0.0
+        net.inner.weight[9], net.inner.bias[9] = 0.0, 0.0
+    small, kept = removed(net, torch.randn(2, 3, 8, 8))
+    assert kept == {"inner": 13}
+    stays = [i for i in range(16) if i not in (1, 4, 9)]
+    assert torch.equal(small.get_parameter("act.weight"), net.act.weight[stays])
+
+
+class PerToken(nn.Module):
+    """What has a number per token or column, as many as there are channels: a PReLU's slopes, or an added parameter."""
+
+    def __init__(self, net: nn.Module, first: nn.Module, last: nn.Module, shift: bool) -> None:
+        super().__init__()
+        self.first, self.act, self.last = first, net, last
+        self.shift = nn.Parameter(torch.randn(4)) if shift else 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.act(self.first(x)) + self.shift)
+
+
+@pytest.mark.parametrize(
+    ("net", "x"),
+    [
+        (PerToken(nn.PReLU(4), nn.Linear(3, 4), nn.Linear(4, 2), False), torch.randn(2, 4, 3)),
+        (PerToken(nn.ReLU(), nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1), True), torch.randn(2, 3, 5, 4)),
+    ],
+)
+def test_what_lies_along_another_axis_than_the_channels_stays(net: PerToken, x: Tensor):
+    with torch.no_grad():
+        net.last.weight[:, 2] = 0.0
+        net.first.weight[1], net.first.bias[1] = 0.0, -1.0
+    small, kept = removed(net, x)
+    assert kept == {"first": 3}
+    assert small(x.double()).shape == net(x.double()).shape
 
 
 def test_variables_classes_and_constants():

@@ -45,6 +45,17 @@ def moved(node: fx.Node, axis: int) -> tuple[int, int] | None:
     return None
 
 
+def operand_axis(node: fx.Node, operand: fx.Node, axis: int) -> int | None:
+    """The axis of an elementwise operation's operand that lies along `axis` of what it puts out, None for none.
+
+    Shapes are lined up at their ends, but for the weight of a PReLU, which lies along the second axis.
+    """
+    rank, own = len(node.meta["shape"]), len(operand.meta["shape"])
+    if op_name(node) == "prelu" and operand is not first(node):
+        return 0 if own == 1 and axis == min(1, rank - 1) else None
+    return axis - rank + own if axis - rank + own >= 0 else None
+
+
 def keeps_constants(node: fx.Node) -> bool:
     """Whether a channel that has one value everywhere keeps it; zero stays zero behind all that `moved` knows."""
     name = op_name(node)

@@ -21,6 +21,7 @@ from palmette.graph.channel_rules import (
     first,
     keeps_constants,
     moved,
+    operand_axis,
     size_position,
 )
 from palmette.graph.ops import (
@@ -176,16 +177,18 @@ class Channels:
         places = {self.axis[n] - len(n.meta["shape"]) for n in tracked}
         place = max(places)
         size = node.meta["shape"][place]
-        lengths = {n: n.meta["shape"][place] if len(n.meta["shape"]) >= -place else 1 for n in operands}
-        others = [n for n in operands if n not in self.variables and lengths[n] != 1]
-        if len(places) > 1 or any(lengths[n] != size for n in tracked) or not all(self._own_state(n) for n in others):
+        along = {n: operand_axis(node, n, rank + place) for n in operands}
+        lengths = {n: 1 if axis is None else n.meta["shape"][axis] for n, axis in along.items()}
+        others = {n: axis for n, axis in along.items() if axis is not None and n not in tracked and lengths[n] != 1}
+        lost = any(along[n] is None or lengths[n] != size for n in tracked)
+        if len(places) > 1 or lost or not all(self._own_state(n) for n in others):
             self._stop(node)
             return
         for n in tracked[1:]:
             self._join(self.variables[tracked[0]], self.variables[n])
-        for n in others:
-            self.states[n] = (len(n.meta["shape"]) + place, node)
-        self._set(node, rank + place, self.variables[tracked[0]], self._evaluated(node, tracked))
+        for n, axis in others.items():
+            self.states[n] = (axis, node)
+        self._set(node, rank + place, self.variables[tracked[0]], self._evaluated(node, tracked, lengths))
 
     def _own_state(self, node: fx.Node) -> bool:
         """Whether the node reads a parameter or buffer that nothing else reads."""
@@ -193,13 +196,16 @@ class Channels:
             return False
         return id(get_tensor(self.gm, str(node.target))) not in self.reader.shared
 
-    def _evaluated(self, node: fx.Node, tracked: list[fx.Node]) -> Tensor:
-        """Constants [channels] behind an elementwise operation, computed by the operation itself."""
+    def _evaluated(self, node: fx.Node, tracked: list[fx.Node], lengths: dict[fx.Node, int]) -> Tensor:
+        """Constants [channels] behind an elementwise operation, computed by the operation itself.
+
+        lengths: of its operands along the channels. A state that varies along another axis leaves no constant.
+        """
         values = [self.values[n] for n in tracked]
         known = ~torch.stack(values).isnan().any(0)
         states = [n for n in node.all_input_nodes if is_state(n)]
         if set(node.all_input_nodes) == {*tracked, *states} and all(
-            get_tensor(self.gm, str(n.target)).numel() in (1, len(known)) for n in states
+            get_tensor(self.gm, str(n.target)).numel() in (1, lengths.get(n, 1)) for n in states
         ):
             result = self._run(node)
         else:
