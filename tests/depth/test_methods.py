@@ -143,6 +143,31 @@ def test_block_influence_is_one_minus_cosine(shape: tuple[int, ...]) -> None:
     assert list(scores.values()) == pytest.approx([0.0, 1.0, 0.0], abs=1e-6)
 
 
+class Waves(nn.Module):
+    """One residual convolution over sequences [batch, channels, length]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block, self.head = nn.Conv1d(3, 5, 1), nn.Conv1d(5, 5, 3, padding=1), nn.Linear(5, 2)
+
+    def forward(self, x, attention_mask):
+        x = self.stem(x) + 0.0 * attention_mask.sum()
+        return self.head((x + self.block(x)).mean(-1))
+
+
+def test_block_influence_takes_a_map_of_one_dimension_as_one_vector_per_sample() -> None:
+    torch.manual_seed(0)
+    net, x = Waves().eval(), torch.randn(6, 3, 7)
+    mask = torch.tensor([[1, 1, 0, 0, 0]] * 6)  # as long as there are channels, and no mask of theirs
+    captured, found = _all(net, {"x": x[:2], "attention_mask": mask[:2]}, kind="block")
+    with torch.no_grad():
+        entering = net.stem(x)
+        cosine = torch.cosine_similarity(entering.flatten(1), (entering + net.block(entering)).flatten(1))
+    loader = [({"x": x, "attention_mask": mask}, torch.zeros(6))]
+    scores = block_influence.score(captured, found, loader, block_influence.BlockInfluenceConfig(), seed=0)
+    assert list(scores.values()) == pytest.approx([1 - float(cosine.mean())], abs=1e-6)
+
+
 def test_block_influence_leaves_padded_tokens_out() -> None:
     mean = block_influence.CosineMean()
     x = torch.randn(2, 4, 3)

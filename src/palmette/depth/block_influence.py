@@ -5,8 +5,8 @@ Paper: Men et al., "ShortGPT: Layers in Large Language Models are More Redundant
 2403.03853); the same measure is used by Minitron. Differs: any block of equal input and output shape in the graph, not
 only transformer layers, or a run of such blocks as a whole; a feature map counts as one vector per sample, whichever
 way its axes lie; padded tokens are left out.
-Shapes: [batch, features], [batch, tokens, features] or [batch, ...]. Cost: one forward pass over the set per round,
-two sums per block.
+Shapes: [batch, features], [batch, tokens, features] or maps such as [batch, channels, ...]. Cost: one forward pass over
+the set per round, two sums per block.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from torch import Tensor, fx
 
 from palmette.errors import DataError
 from palmette.graph import Candidate, observe
+from palmette.graph.blocks import find_blocks
 from palmette.graph.padding import MaskTap
+from palmette.graph.sites import axis_of
+from palmette.graph.spans import run_at
 from palmette.registry import Bounds, MethodConfig, method
 
 
@@ -33,14 +36,19 @@ class BlockInfluenceConfig(MethodConfig):
 
 
 class CosineMean:
-    """Running mean of the cosine between input and output tokens of one block, in float64."""
+    """Running mean of the cosine between input and output of one block, in float64.
 
-    def __init__(self) -> None:
+    axis: of the channels; with three axes and the channels last there is one cosine per token, else one per sample.
+    """
+
+    def __init__(self, axis: int = -1) -> None:
+        self.axis = axis
         self.total, self.count = 0.0, 0
 
     def add(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> None:
         """Add one batch of inputs and outputs of equal shape; raises DataError when they are not finite."""
-        a, b = (t.detach().double().flatten(1) if t.dim() > 3 else t.detach().double() for t in (x, y))
+        whole = x.dim() > 3 or self.axis not in (-1, x.dim() - 1)
+        a, b = (t.detach().double().flatten(1) if whole else t.detach().double() for t in (x, y))
         norms = a.norm(dim=-1) * b.norm(dim=-1)
         cosine = torch.where(norms > 0, (a * b).sum(dim=-1) / norms.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
         cosine = torch.where((a == b).all(dim=-1), torch.ones_like(cosine), cosine)
@@ -91,11 +99,12 @@ def score(
     """
     sites = {site.path: site for candidate in candidates for site in candidate.sites}
     tap = MaskTap(loader)
-    means = {path: CosineMean() for path in sites}
+    blocks = find_blocks(captured)
+    means = {path: CosineMean(axis_of(captured, run_at(captured, path, blocks)[0].source)) for path in sites}
 
     def adder(path: str) -> Callable[[Tensor, Tensor], None]:
         mean = means[path]
-        return lambda x, y: mean.add(x, y, tap.for_tokens(y, -1))
+        return lambda x, y: mean.add(x, y, tap.for_tokens(y, mean.axis))
 
     observe(captured, {path: adder(path) for path in sites}, tap, sums=list(means.values()))
     return {c.name: sum(means[site.path].influence() for site in c.sites) for c in candidates}
