@@ -63,6 +63,7 @@ def test_int8_decides_as_the_network_and_is_smaller(
     assert made.parity.top1_agreement is not None
     assert made.parity.top1_agreement > 0.95
     assert made.parity.spread > 0.1
+    assert made.share > 0.99
     assert [file.name for file in tmp_path.iterdir()] == ["q.onnx"]
     assert made.size == (tmp_path / "q.onnx").stat().st_size < sum(p.numel() for p in trained.parameters()) * 4 * 0.5
     assert json.loads(json.dumps(made.to_dict()))["parity"]["samples"] == 150
@@ -89,10 +90,42 @@ def test_executorch_quantises_too(digits: Any, trained: nn.Module, tmp_path: Pat
     )
     assert isinstance(made.model, PteModel)
     assert made.parity.snr_db > 15
+    assert made.share > 0.98  # biases stay in floating point
     assert made.size < sum(p.numel() for p in trained.parameters()) * 4 * 0.5
     assert abs(evaluate(trained, digits.val).accuracy - evaluate(made.model, digits.val).accuracy) < 0.03
     found = measure_latency({"q": made.model}, digits.example_inputs, runtime="executorch", threads=1, runs=3)["q"]
     assert found.dtype == "int8"
+
+
+class Recurrent(nn.Module):
+    """Two GRUs, which no backend quantises, and perhaps a linear layer behind them."""
+
+    def __init__(self, head: bool = False) -> None:
+        super().__init__()
+        self.body, self.last = nn.GRU(6, 16, batch_first=True), nn.GRU(16, 4, batch_first=True)
+        self.head = nn.Linear(4, 3) if head else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.last(self.body(x)[0])[0][:, -1])
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", pytest.param("executorch", marks=SLOW)])
+def test_a_network_in_which_nothing_is_quantised_is_refused(backend: str, tmp_path: Path) -> None:
+    pytest.importorskip(backend, reason=f"{backend} is not installed")
+    x = torch.randn(8, 5, 6)
+    with pytest.raises(ExportError, match=r"Nothing in this network can be quantised.*weights in float32"):
+        quantize_int8(Recurrent(), x[:2], [x], tmp_path / "q", backend=backend)
+    assert list(tmp_path.iterdir()) == []
+    made = quantize_int8(Recurrent(head=True), x[:2], [x], tmp_path / "q", backend=backend, min_snr_db=0)
+    assert 0 < made.share < 0.02
+    assert "1 % of the weights quantised" in str(made)
+
+
+def test_a_network_in_float64_is_not_called_int8(tmp_path: Path) -> None:
+    x = torch.randn(8, 6).double()
+    with pytest.raises(ExportError, match="weights in float64"):
+        quantize_int8(nn.Linear(6, 3).double(), x[:2], [x], tmp_path / "q.onnx")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_network_whose_output_tells_nothing_is_refused(tmp_path: Path) -> None:

@@ -11,6 +11,9 @@ from palmette.cli import options as opt
 from palmette.cli import tables
 from palmette.cli.shrink import command_line, cost_of
 
+_POINTS = "Networks to heal along the front; the fastest that has hope of being mended is always one."
+_OPTION = "An option of auto (palmette methods auto); may be repeated. trainings does not concern curve; --points does."
+
 
 def curve(
     model: opt.ModelSpec,
@@ -18,7 +21,7 @@ def curve(
     weights: opt.Weights = None,
     run: Annotated[Path, typer.Option("--run", "-r", metavar="DIR", help="Run folder to write.")] = Path("runs/curve"),
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")] = False,
-    points: Annotated[int, typer.Option(help="Networks to heal along the front; the fastest is always one.")] = 4,
+    points: Annotated[int, typer.Option(help=_POINTS)] = 4,
     width: Annotated[
         list[float] | None,
         typer.Option(metavar="SHARE", help="Also prune this share of the channels at each point; may be repeated."),
@@ -27,7 +30,7 @@ def curve(
     max_drop: Annotated[
         float, typer.Option(metavar="POINTS", help="The best network loses at most so many points on validation data.")
     ] = 0.5,
-    option: opt.MethodOption = None,
+    option: Annotated[list[str] | None, typer.Option("--option", "-o", metavar="NAME=VALUE", help=_OPTION)] = None,
     cost: opt.CostName = None,
     threads: Annotated[int, typer.Option(help="Threads that latencies are measured with.")] = 1,
     protect: opt.Protect = None,

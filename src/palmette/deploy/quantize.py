@@ -6,6 +6,7 @@ the quantizer of XNNPACK, int8 both, weights per channel. Parity is statistical:
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from palmette.compat import optional
 from palmette.deploy.onnx import export_onnx
@@ -22,6 +23,7 @@ from palmette.deploy.plain import Prepared
 from palmette.errors import DataError, ExportError, InputError
 from palmette.files import atomic_path
 from palmette.graph.inputs import Example, batch_size, map_tensors, one_sample, tensors, with_batch
+from palmette.graph.ops import get_tensor, op_name
 from palmette.meter.running import Flat, Packed, quiet, reason
 from palmette.meter.runtime_executorch import PteModel, executorch_parts, in_order, lowered, use_threads
 from palmette.meter.runtime_onnx import OnnxModel, feeds_by_order, onnx_session
@@ -38,7 +40,8 @@ class Quantized:
     """What `quantize_int8` made.
 
     model: to be called, evaluated and timed like any module. file: where it lies, of `size` bytes. parity: against the
-    network in floating point, on the calibration samples or those given. samples: how many set the ranges.
+    network in floating point, on the calibration samples or those given. samples: how many set the ranges. share: of
+    the weights, by number, that the file holds quantised; the others stay in floating point.
     """
 
     model: Packed
@@ -48,6 +51,7 @@ class Quantized:
     backend: str
     calibration: str
     samples: int
+    share: float
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, without the model."""
@@ -55,7 +59,8 @@ class Quantized:
         return {**kept, "file": self.file.name, "parity": self.parity.to_dict()}
 
     def __str__(self) -> str:
-        return f"{self.file.name}: {self.size:,} bytes, {self.samples} calibration samples; {self.parity}"
+        weights = f"{100 * self.share:.0f} % of the weights quantised"
+        return f"{self.file.name}: {self.size:,} bytes, {weights}, {self.samples} calibration samples; {self.parity}"
 
 
 def quantize_int8(
@@ -77,8 +82,9 @@ def quantize_int8(
     batch) or "executorch" (a .pte for one sample at a time). calibration: "minmax", "entropy" or "percentile", for ONNX
     Runtime. min_snr_db: least ratio of the output's variance to the mean squared error of quantisation.
 
-    Raises ExportError (nothing is written then) when the network cannot be exported or loses more, InputError for an
-    unknown option, DataError without calibration data, MissingDependency without the packages of the backend.
+    Raises ExportError (nothing is written then) when the network cannot be exported, when nothing in it can be
+    quantised or it loses more, InputError for an unknown option, DataError without calibration data, MissingDependency
+    without the packages of the backend.
     """
     if backend not in _BACKENDS:
         raise InputError(f"No backend is called {backend!r}", fix=f"Known: {', '.join(_BACKENDS)}.")
@@ -91,7 +97,15 @@ def quantize_int8(
     compared = real if batches is None else _collect(batches, example_inputs, samples)
     prepared = Prepared(model, example_inputs)
     target = Path(file)
-    made = _BACKENDS[backend](model, example_inputs, real, calibration)
+    made, share = _BACKENDS[backend](model, example_inputs, real, calibration)
+    if share is None:
+        dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
+        raise ExportError(
+            "Nothing in this network can be quantised",
+            where=f"{backend}, weights in {' and '.join(dtypes) or 'no format'}",
+            why="none of its operations has an 8-bit form there",
+            fix="Quantise a float32 network with convolutions or linears, and keep this one in floating point.",
+        )
     with atomic_path(target) as temporary:
         temporary.write_bytes(made.content)
         made = type(made)(temporary.read_bytes(), made.precision)
@@ -114,6 +128,7 @@ def quantize_int8(
         backend=backend,
         calibration=calibration if backend == "onnxruntime" else "observers of XNNPACKQuantizer",
         samples=sum(batch_size(inputs) for inputs in real),
+        share=share,
     )
 
 
@@ -152,8 +167,13 @@ class _Reader:
         return next(self.feeds, None)
 
 
-def _by_onnxruntime(model: nn.Module, example_inputs: Example, real: list[Any], calibration: str) -> Packed:
+_Made = tuple[Packed, float | None]
+"""A network in 8 bits, and the share of its weights that are quantised; None where nothing in it is."""
+
+
+def _by_onnxruntime(model: nn.Module, example_inputs: Example, real: list[Any], calibration: str) -> _Made:
     """The network as a QDQ graph; the float32 graph before it had its parity checked, so the rest is quantisation."""
+    onnx = optional("onnx", package="palmette[onnx]")
     quantization = optional("onnxruntime.quantization", package="palmette[onnx]")
     shapes = optional("onnxruntime.quantization.shape_inference", package="palmette[onnx]")
     with tempfile.TemporaryDirectory() as folder:
@@ -176,10 +196,35 @@ def _by_onnxruntime(model: nn.Module, example_inputs: Example, real: list[Any], 
                 )
         except Exception as error:  # the quantiser raises ValueError, RuntimeError and onnx's own
             raise ExportError("ONNX Runtime cannot quantise this network", why=reason(error)) from error
-        return OnnxModel(done.read_bytes(), "int8")
+        return OnnxModel(done.read_bytes(), "int8"), _share_of_onnx(onnx, onnx.load(str(done)).graph)
 
 
-def _by_executorch(model: nn.Module, example_inputs: Example, real: list[Any], calibration: str) -> Packed:
+def _share_of_onnx(onnx: Any, graph: Any) -> float | None:
+    """The share of the weights in a QDQ graph that are quantised, None where nothing is."""
+    marks = [node for node in graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    stored = {node.input[0] for node in marks if node.op_type == "DequantizeLinear"}
+    scales = {name for node in marks for name in node.input[1:]}
+    floating = (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, onnx.TensorProto.FLOAT16)
+    weights = [t for t in graph.initializer if t.name in stored or (t.name not in scales and t.data_type in floating)]
+    return _share({t.name: math.prod(t.dims) for t in weights}, stored) if marks else None
+
+
+def _share_of_graph(gm: fx.GraphModule) -> float | None:
+    """The same of a graph that torchao has quantised."""
+    marks = [node for node in gm.graph.nodes if "quantize_per_" in op_name(node)]
+    stored = {str(node.args[0]) for node in marks if op_name(node).startswith("dequantize")}
+    scales = {argument for node in marks for argument in node.all_input_nodes[1:]}
+    held = [node for node in gm.graph.nodes if node.op == "get_attr" and node not in scales]
+    weights = {node.name: get_tensor(gm, str(node.target)) for node in held}
+    sizes = {name: t.numel() for name, t in weights.items() if name in stored or t.is_floating_point()}
+    return _share(sizes, stored) if marks else None
+
+
+def _share(sizes: dict[str, int], stored: set[str]) -> float:
+    return sum(size for name, size in sizes.items() if name in stored) / max(sum(sizes.values()), 1)
+
+
+def _by_executorch(model: nn.Module, example_inputs: Example, real: list[Any], calibration: str) -> _Made:
     """The network as a .pte for one sample, what XNNPACK can do in int8 delegated to it."""
     del calibration
     parts = executorch_parts()
@@ -198,12 +243,13 @@ def _by_executorch(model: nn.Module, example_inputs: Example, real: list[Any], c
             for inputs in _samples(real):
                 observed(*tensors(inputs))
             converted = flow.convert_pt2e(observed)
-            return PteModel(lowered(parts, torch.export.export(converted, arguments)), "int8")
+            program = lowered(parts, torch.export.export(converted, arguments))
     except Exception as error:  # torch.export, torchao and ExecuTorch raise whatever they like
         raise ExportError("ExecuTorch cannot quantise this network", why=reason(error)) from error
+    return PteModel(program, "int8"), _share_of_graph(converted)
 
 
-_BACKENDS: dict[str, Callable[[nn.Module, Example, list[Any], str], Packed]] = {
+_BACKENDS: dict[str, Callable[[nn.Module, Example, list[Any], str], _Made]] = {
     "onnxruntime": _by_onnxruntime,
     "executorch": _by_executorch,
 }

@@ -26,7 +26,7 @@ from palmette.depth.opening import Loaders, opened
 from palmette.depth.probe import Probes
 from palmette.depth.rounds import Round, summary
 from palmette.depth.session import Session, Settings
-from palmette.depth.variants import quantised, widths
+from palmette.depth.variants import left, quantised, widths
 from palmette.errors import InputError
 from palmette.files import write_json
 from palmette.graph import collapse
@@ -94,7 +94,8 @@ def curve(
     model, loaders and options as in `shrink`. width: shares of channels that are pruned away beside each point (needs
     torch-pruning), healed once more. int8: every network also quantised after training (needs ONNX Runtime). The best
     row is the fastest whose validation accuracy is within `max_drop` points of the dense network's. With run_dir the
-    folder holds the networks, figures.json, front.svg and report.html.
+    folder holds the networks, figures.json, front.svg and report.html. A network that cannot be quantised has no int8
+    row, and the message says so. `trainings` of an AutoConfig does not count here: `points` networks are healed.
     Raises a PalmetteError for input that cannot be used; nothing is written then.
     """
     _check(points, width)
@@ -138,6 +139,10 @@ def _check(points: int, width: Sequence[float]) -> None:
     for ratio in width:
         if not 0 < ratio < 1:
             raise InputError(f"width = {ratio} is out of bounds", fix="Give the share of channels to remove, 0 to 1")
+    names = [left(ratio) for ratio in width]
+    for ratio, name in zip(width, names, strict=True):
+        if names.count(name) > 1:
+            raise InputError(f"width = {ratio} is given twice", fix="Give each share of channels once")
 
 
 def _run(session: Session, count: int, width: tuple[float, ...], int8: bool, say: Say) -> CurveResult:
@@ -146,8 +151,12 @@ def _run(session: Session, count: int, width: tuple[float, ...], int8: bool, say
     say(f"dense network: {100 * baseline['accuracy']:.2f} % on {baseline['n']:,} validation samples")
     options, points = explore(session, say)
     probes = Probes(session, [option for option, _ in options], points)
-    variants = [Contender(name="dense", network=session.dense)]
-    for number, index in enumerate(spread(hopeful(session, points), count, whole_cost(session))):
+    variants, refused = [Contender(name="dense", network=session.dense)], list[str]()
+    open_points = hopeful(session, points)
+    if len(open_points) < len(points):
+        gone = len(points) - len(open_points)
+        say(f"{gone} of {len(points)} points of the front are left out, predicted to do no better than guessing")
+    for number, index in enumerate(spread(open_points, count, whole_cost(session))):
         entry = probes.heal(number, index, baseline)
         say(probes.line(entry))
         variants.append(_depth_variant(session, probes, entry))
@@ -159,10 +168,12 @@ def _run(session: Session, count: int, width: tuple[float, ...], int8: bool, say
         again = dense_again(session, most)
         variants.append(Contender(name="dense + same training", network=again, trainings=most))
     if int8:
-        variants += quantised(session, variants, say)
+        small, refused = quantised(session, variants, say)
+        variants += small
     rows = _rows(session, variants)
     best = _best(rows, session.settings.max_drop, session.table.runtime)
-    return _written(session, variants, rows, points, best)
+    message = _message(rows, best, session.settings.max_drop, session.table.runtime)
+    return _written(session, variants, rows, points, best, " ".join([message, *refused]))
 
 
 def spread(points: Sequence[Point], count: int, whole: float) -> list[int]:
@@ -220,9 +231,13 @@ def _message(rows: Sequence[dict[str, Any]], best: str, max_drop: float, runtime
 
 
 def _written(
-    session: Session, variants: Sequence[Contender], rows: list[dict[str, Any]], points: Sequence[Point], best: str
+    session: Session,
+    variants: Sequence[Contender],
+    rows: list[dict[str, Any]],
+    points: Sequence[Point],
+    best: str,
+    message: str,
 ) -> CurveResult:
-    message = _message(rows, best, session.settings.max_drop, session.table.runtime)
     folder = session.run.folder
     split = "val" if session.test is None else "test"
     report = None

@@ -12,6 +12,7 @@ from torch import fx, nn
 import palmette.ranks as ranks
 from palmette.depth.accounts import Contender, static
 from palmette.depth.session import Session
+from palmette.errors import ExportError
 from palmette.train.checkpoint import load_checkpoint, load_model_tensors, model_tensors, save_checkpoint
 from palmette.train.loop import heal
 
@@ -26,11 +27,16 @@ def widths(session: Session, rows: Sequence[Contender], ratios: Sequence[float],
     found = []
     for row in rows:
         for ratio in ratios:
-            say(f"pruning {100 * ratio:.0f} % of the channels of {row.name}, and healing")
-            name = f"{row.name}, width {100 * (1 - ratio):.0f} %"
+            say(f"pruning {100 * ratio:g} % of the channels of {row.name}, and healing")
+            name = f"{row.name}, width {left(ratio)} %"
             network = narrowed(session, row.network, ratio, name.replace(" ", "-").replace(",", "").replace("-%", ""))
             found.append(replace(row, name=name, network=network, trainings=row.trainings + 1, width=ratio))
     return found
+
+
+def left(ratio: float) -> str:
+    """The percentage of channels that stay, as it stands in names."""
+    return f"{100 * (1 - ratio):g}"
 
 
 def narrowed(session: Session, network: nn.Module, ratio: float, label: str) -> fx.GraphModule:
@@ -45,7 +51,7 @@ def narrowed(session: Session, network: nn.Module, ratio: float, label: str) -> 
             small,
             session.train,
             session.heal,
-            teacher=session.dense if session.heal.distill > 0 else None,
+            teacher=session.dense if session.heal.distill > 0 or session.heal.features > 0 else None,
             loss_fn=session.loss_fn,
             seed=session.settings.seed,
             checkpoint=session.run.path(f"{label}-checkpoint.safetensors"),
@@ -60,23 +66,30 @@ def narrowed(session: Session, network: nn.Module, ratio: float, label: str) -> 
     return small.eval()
 
 
-def quantised(session: Session, rows: Sequence[Contender], say: Say) -> list[Contender]:
+def quantised(session: Session, rows: Sequence[Contender], say: Say) -> tuple[list[Contender], list[str]]:
     """Every row quantised to 8 bits after training, in ONNX Runtime; the files stay in the run folder.
 
+    Also returns a sentence for each row that cannot be quantised, which is left out.
     Raises MissingDependency without ONNX Runtime.
     """
     from palmette.deploy.quantize import quantize_int8
 
-    found = []
+    found: list[Contender] = []
+    refused: list[str] = []
     for row in rows:
         if row.name.startswith("dense +"):
             continue
         say(f"quantising {row.name} to 8 bits")
         file = session.run.path(f"{row.name.replace(' ', '-').replace(',', '').replace('-%', '')}.int8.onnx")
         first = ranks.leads()  # of several processes each makes its own, and the first one's stays
-        with ranks.alone(), tempfile.TemporaryDirectory() as own:
-            target = file if first else Path(own) / file.name
-            quantised = quantize_int8(row.network, session.example, session.calibration, target)
+        try:
+            with ranks.joint(), ranks.alone(), tempfile.TemporaryDirectory() as own:
+                target = file if first else Path(own) / file.name
+                quantised = quantize_int8(row.network, session.example, session.calibration, target)
+        except ExportError as error:
+            refused.append(f"{row.name} is not in the table in 8 bits: {error}")
+            say(refused[-1])
+            continue
         costs = static(session, row.network)
         found.append(replace(row, name=f"{row.name}, int8", network=quantised.model, int8=True, costs=costs))
-    return found
+    return found, refused
