@@ -38,6 +38,9 @@ from palmette.trials import run_trials
 
 LEAST_STEPS = 4
 """Fewer steps of local healing say less than none: they move every network by about as much."""
+HOPE = 0.25
+"""Share of the loss of a network that knows nothing beyond which a point has no hope; measured on a ResNet and a ViT:
+at 14 % of it 1.3 points were lost, at 44 % five, at 54 % thirty-three."""
 UNITS = 4096
 """The dense cost in whole units of gain: the front is exact to a four-thousandth of it."""
 
@@ -162,8 +165,8 @@ def importance(session: Session, options: Sequence[Option], config: AutoConfig) 
     seed, local = session.settings.seed, None
     compared = Calibration(session.val, config.batches, seed)  # the same batches when the run is resumed
     reference = Reference.of(session.dense, compared, config.batches, classes=classes)
-    session.run.once("ignorance", lambda: reference.ignorance)
     steps = local_steps(session, len(options), config)
+    session.run.once("hope", lambda: reference.ignorance * (HOPE if steps else 1.0))
     if steps:
         lessons = Calibration(session.train, steps, seed)
         local = LocalHealing.of(lessons, steps, session.heal, seed, session.loss_fn)
@@ -205,11 +208,12 @@ def _spent(session: Session, options: int, config: AutoConfig) -> int:
 
 
 def hopeful(session: Session, points: Sequence[Point]) -> list[Point]:
-    """The points whose predicted loss is below that of a network that knows nothing; at least the first.
+    """The points that healing may bring back, by their predicted loss; at least the first. To try one costs a training.
 
-    Healing seldom brings back a network that was left with nothing; to try one costs a training.
+    The bound is the loss of a network that knows nothing, and where options were healed a little before they were
+    measured, a quarter of it: healing does not bring back what it could not even begin to.
     """
-    bound = float(session.run.once("ignorance", lambda: math.inf))
+    bound = float(session.run.once("hope", lambda: math.inf))
     return [point for index, point in enumerate(points) if index == 0 or point.loss < bound]
 
 
