@@ -155,7 +155,7 @@ def _run(session: Session, count: int, width: tuple[float, ...], int8: bool, say
     open_points = hopeful(session, points)
     if len(open_points) < len(points):
         gone = len(points) - len(open_points)
-        say(f"{gone} of {len(points)} points of the front are left out, predicted to do no better than guessing")
+        say(f"{gone} of {len(points)} points of the front are left out, predicted to be beyond mending")
     for number, index in enumerate(spread(open_points, count, whole_cost(session))):
         entry = probes.heal(number, index, baseline)
         say(probes.line(entry))
