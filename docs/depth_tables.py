@@ -24,7 +24,8 @@ TITLES = {"onnxruntime": "ONNX Runtime", "eager": "eager"}
 CONTROLS = ("random", "torch-pruning", "distiller", "dense +")
 SEARCHES = """
 `auto`, and EASIER in the paper's form (one activation a round, each round a training), on `{network}` and the digits;
-every training is as long as that of the dense network, {epochs} epochs. Seconds include timing, searching and export.
+every training is as long as that of the dense network, {epochs} epochs. The steps that `auto` heals each option by are counted.
+Seconds include timing, searching and export.
 """
 ENTROPY = """
 Entropy passes over all {activations} activations of {network}, {images} images, against a forward pass of the same
@@ -191,7 +192,7 @@ def searches() -> list[str]:
     rows = [
         (
             f"`{row['method']}`",
-            str(row["trainings"]),
+            f"{row['trainings']:.3g}",
             f"{row['seconds']:.0f}",
             f"{row['dense_trainings']:.1f}",
             f"{row['macs']:,}",

@@ -3,8 +3,9 @@
 Usage: python benchmarks/depth/search.py [--network digits-mobile] [--epochs 12]
 
 Every training has the length of the dense one. EASIER trains once for each activation; `auto` times and compares what
-can be removed, then trains at most three times. Also: the knapsack against brute force on small instances, with the
-time that both take. Written to benchmarks/results/depth_search.json.
+can be removed, heals each of these a little, and trains: three times at most, what was healed a little counted by its
+steps. Also: the knapsack against brute force on small instances, with the time that both take.
+Written to benchmarks/results/depth_search.json.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import random
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 import palmette as pm
+from palmette.depth.auto import AutoConfig, local_steps
 from palmette.depth.knapsack import Item, front, least_loss
 from palmette.meter.latency import hardware
 from palmette.models import build
@@ -71,7 +74,11 @@ def searches(name: str, epochs: int) -> dict[str, Any]:
                 **options,
             )
             seconds = time.perf_counter() - begun
-            trainings = len(list((Path(folder) / "run" / "stages").glob("*-heal.json")))
+            trainings = float(len(list((Path(folder) / "run" / "stages").glob("*-heal.json"))))
+            tried = len(list((Path(folder) / "run" / "importance").glob("*.json")))
+            if tried:
+                schedule = SimpleNamespace(train=data.train, heal=recipe)
+                trainings += tried * local_steps(schedule, tried, AutoConfig()) / (epochs * len(data.train))
         found["rows"].append(
             {
                 "method": method,
