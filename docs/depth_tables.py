@@ -24,8 +24,8 @@ TITLES = {"onnxruntime": "ONNX Runtime", "eager": "eager"}
 CONTROLS = ("random", "torch-pruning", "distiller", "dense +")
 SEARCHES = """
 `auto`, and EASIER in the paper's form (one activation a round, each round a training), on `{network}` and the digits;
-every training is as long as that of the dense network, {epochs} epochs. The steps that `auto` heals each option by are counted.
-Seconds include timing, searching and export.
+every training is as long as that of the dense network, {epochs} epochs. The steps that `auto` heals each option by are
+counted. Seconds include timing, searching and export.
 """
 ENTROPY = """
 Entropy passes over all {activations} activations of {network}, {images} images, against a forward pass of the same
