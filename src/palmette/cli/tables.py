@@ -40,7 +40,8 @@ def front(rows: list[dict[str, Any]], split: str, best: str) -> Table:
     table.add_column("top-1, %", justify="right")
     table.add_column("points against dense", justify="right", no_wrap=True)
     for row in rows:
-        times = [f"{entry['median_ms']:.3f}" for entry in row["latency"]]
+        found = {entry["runtime"]: f"{entry['median_ms']:.3f}" for entry in row["latency"]}
+        times = [found.get(entry["runtime"], "") for entry in rows[0]["latency"]]
         points = f"{row['difference'][0]:+.2f} {_difference_interval(row)}" if row["difference"] else ""
         table.add_row(f"{row['name']}{' *' * (row['name'] == best)}", *times, f"{100 * row['accuracy']:.2f}", points)
     return table

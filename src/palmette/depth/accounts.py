@@ -22,6 +22,9 @@ from palmette.meter.running import Packed
 from palmette.meter.runtimes import check_runtime
 from palmette.stats import paired_difference
 
+MOST_COLUMNS = 6
+"""More networks than that are printed one a line."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
@@ -95,21 +98,26 @@ def _latencies(session: Session, rows: list[Contender]) -> dict[str, list[dict[s
     networks = {row.name: row.network for row in rows}
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in networks}
     for runtime in runtimes(session.table.runtime, list(networks.values())):
+        # A network in another runtime's format is timed where it runs: PyTorch would only hand it on.
+        shown = {name: n for name, n in networks.items() if not (runtime == "eager" and isinstance(n, Packed))}
         for name, latency in measure_latency(
-            networks, session.example, runtime=runtime, threads=session.settings.threads
+            shown, session.example, runtime=runtime, threads=session.settings.threads
         ).items():
             found[name].append(latency.to_dict())
     return found
 
 
 def side_by_side(rows: list[dict[str, Any]], split: str) -> str:
-    """The rows as text: one column per network, one line per quantity."""
+    """The rows as text: one column per network, one line per quantity; the other way round for many networks."""
     lines = [["", *(row["name"] for row in rows)]]
     for label, key in (("depth", "depth"), ("MACs", "macs"), ("parameters", "params"), ("peak bytes", "peak_bytes")):
         lines.append([label, *(f"{row[key]:,}" for row in rows)])
-    for index, clock in enumerate(rows[0]["latency"]):
-        lines.append([f"{clock['runtime']}, ms", *(f"{row['latency'][index]['median_ms']:.3f}" for row in rows)])
+    for clock in rows[0]["latency"]:
+        times = [{e["runtime"]: f"{e['median_ms']:.3f}" for e in row["latency"]} for row in rows]
+        lines.append([f"{clock['runtime']}, ms", *(found.get(clock["runtime"], "") for found in times)])
     lines.append([f"accuracy ({split}), %", *(f"{100 * row['accuracy']:.2f}" for row in rows)])
+    if len(rows) > MOST_COLUMNS:
+        lines = [list(column) for column in zip(*lines, strict=True)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])

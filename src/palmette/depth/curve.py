@@ -171,8 +171,9 @@ def _run(session: Session, count: int, width: tuple[float, ...], int8: bool, say
         small, refused = quantised(session, variants, say)
         variants += small
     rows = _rows(session, variants)
-    best = _best(rows, session.settings.max_drop, session.table.runtime)
-    message = _message(rows, best, session.settings.max_drop, session.table.runtime)
+    runtime = _compared(rows, session.table.runtime)
+    best = _best(rows, session.settings.max_drop, runtime)
+    message = _message(rows, best, session.settings.max_drop, runtime)
     return _written(session, variants, rows, points, best, " ".join([message, *refused]))
 
 
@@ -203,17 +204,26 @@ def _rows(session: Session, variants: Sequence[Contender]) -> list[dict[str, Any
 
 
 def _best(rows: Sequence[dict[str, Any]], max_drop: float, runtime: str) -> str:
-    """The fastest row within `max_drop` points of dense on validation data; the control cannot win."""
+    """The row fastest in `runtime` within `max_drop` points of dense on validation data; the control cannot win."""
     dense = rows[0]["val"]["accuracy"]
     kept = [row for row in rows if 100 * (dense - row["val"]["accuracy"]) <= max_drop]
     kept = [row for row in kept if not row["name"].startswith("dense +")]
     return str(min(kept, key=lambda row: float(_clock(row, runtime)["median_ms"]))["name"])
 
 
+def _compared(rows: Sequence[dict[str, Any]], runtime: str) -> str:
+    """The runtime that decided; where it did not run every row, or counts MACs, the last of those that did."""
+    everywhere = [e["runtime"] for e in rows[0]["latency"] if all(_runs(row, e["runtime"]) for row in rows)]
+    return runtime if runtime in everywhere else str(everywhere[-1])
+
+
+def _runs(row: dict[str, Any], runtime: str) -> bool:
+    return any(entry["runtime"] == runtime for entry in row["latency"])
+
+
 def _clock(row: dict[str, Any], runtime: str) -> dict[str, Any]:
-    """A row's latency in the runtime that decided; the last that was timed where that one was not."""
-    found: list[dict[str, Any]] = row["latency"]
-    return next((entry for entry in found if entry["runtime"] == runtime), found[-1])
+    """A row's latency in a runtime in which it was timed."""
+    return next(entry for entry in row["latency"] if entry["runtime"] == runtime)
 
 
 def _message(rows: Sequence[dict[str, Any]], best: str, max_drop: float, runtime: str) -> str:
