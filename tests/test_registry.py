@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 import pytest
 
+from palmette import registry
 from palmette.depth import battery
 from palmette.errors import InputError, UnknownMethod, VerifyError
 from palmette.registry import Bounds, Method, MethodConfig, check_method, get_method, method, methods
@@ -162,3 +163,43 @@ def test_a_new_method_is_one_file_and_no_shared_edit(tmp_path) -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ["mine", "depth"] in json.loads(found.stdout)
+
+
+OWN = '''
+from dataclasses import dataclass
+
+import palmette as pm
+
+
+@dataclass(frozen=True, kw_only=True)
+class LastFirstConfig(pm.MethodConfig):
+    """Nothing to set."""
+
+
+@pm.method(
+    name="last_first", title="last first", paper="", unit="depth", sites="block", edit="drop", config=LastFirstConfig
+)
+def score(captured, candidates, loader, config, *, seed):
+    """Depth of a block from the end; low = remove first."""
+    order = {str(n.meta.get("block")): -i for i, n in enumerate(captured.graph.nodes)}
+    return {c.name: float(order[c.sites[0].path]) for c in candidates}
+
+
+def plain():
+    return None
+'''
+
+
+def test_a_method_of_a_file_of_ones_own(tmp_path, monkeypatch) -> None:
+    methods()
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    file = tmp_path / "mine.py"
+    file.write_text(OWN)
+    entry = get_method(f"{file}:score")
+    assert entry.name == "last_first"
+    assert get_method(f"{file}:score") is entry is get_method("last_first")
+    assert "saved_and_loaded" in check_method(entry)
+    with pytest.raises(InputError, match="the function is no method"):
+        get_method(f"{file}:plain")
+    with pytest.raises(InputError, match="no function 'other'"):
+        get_method(f"{file}:other")

@@ -36,11 +36,12 @@ if TYPE_CHECKING:
     from palmette.graph.observe import observe
     from palmette.graph.verify import verify
     from palmette.meter import Cost, CostTable, measure, measure_latency
-    from palmette.registry import check_method, get_method, method, methods
+    from palmette.registry import Bounds, MethodConfig, check_method, get_method, method, methods
     from palmette.report.render import render
     from palmette.train.evaluate import evaluate
     from palmette.train.loop import HealConfig, heal
     from palmette.train.wasserstein import lacoot_term, max_sliced_wasserstein
+    from palmette.trials import run_trials
 
 _HOMES = {
     "palmette.deploy": ("export", "export_onnx", "export_program", "load_program"),
@@ -70,20 +71,23 @@ _HOMES = {
         "verify",
     ),
     "palmette.meter": ("Cost", "CostTable", "measure", "measure_latency"),
-    "palmette.registry": ("check_method", "get_method", "method", "methods"),
+    "palmette.registry": ("Bounds", "MethodConfig", "check_method", "get_method", "method", "methods"),
     "palmette.report": ("render",),
     "palmette.train.evaluate": ("evaluate",),
     "palmette.train.loop": ("HealConfig", "heal"),
     "palmette.train.wasserstein": ("lacoot_term", "max_sliced_wasserstein"),
+    "palmette.trials": ("run_trials",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Bounds",
     "Cost",
     "CostTable",
     "CurveResult",
     "DeviceProfile",
     "HealConfig",
+    "MethodConfig",
     "PalmetteError",
     "Plan",
     "ShrinkResult",
@@ -118,6 +122,7 @@ __all__ = [
     "quantize_int8",
     "remove_dead_channels",
     "render",
+    "run_trials",
     "save",
     "save_pretrained",
     "shrink",

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from palmette.errors import InputError, UnknownMethod
+from palmette.usercode import is_file_spec, user_function
 
 WINGS = ("depth", "adapt", "supernet", "sparsity", "fairness")
 
@@ -164,6 +165,7 @@ class Method:
 
 
 _METHODS: dict[str, Method] = {}
+_OWN: dict[str, Method] = {}
 
 
 def method(
@@ -231,18 +233,32 @@ def methods(wing: str | None = None) -> list[Method]:
 
 
 def get_method(name: str | Method) -> Method:
-    """The method of that name (a Method is returned as it is).
+    """The method of that name, or that of a score function of your own, `path/file.py:function`; a Method as it is.
 
-    Raises UnknownMethod, which suggests the nearest name.
+    Raises UnknownMethod, which suggests the nearest name, and InputError for a file without that method.
     """
     if isinstance(name, Method):
         return name
     _discover()
+    if is_file_spec(name):
+        return _own(name)
     if name in _METHODS:
         return _METHODS[name]
     near = difflib.get_close_matches(name, _METHODS, n=1, cutoff=0.5)
     listed = f"`palmette methods` lists all: {', '.join(sorted(_METHODS))}"
     raise UnknownMethod(f"no method is named {name!r}", fix=f"Did you mean {near[0]!r}? {listed}" if near else listed)
+
+
+def _own(spec: str) -> Method:
+    """The method whose score function is `path/file.py:function`; the file is read once."""
+    known = _OWN.get(spec)
+    if known is None:
+        score = user_function(spec)
+        known = next((entry for entry in _METHODS.values() if entry.score is score), None)
+    if known is None:
+        raise InputError("the function is no method", where=spec, fix="Decorate it with palmette.method(...)")
+    _OWN[spec] = known
+    return known
 
 
 def check_method(name: str | Method) -> list[str]:

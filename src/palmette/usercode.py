@@ -28,21 +28,39 @@ def call_user_function(spec: str, **offered: Any) -> Any:
     The file's folder is importable while the file is read and the function runs. Raises InputError for a missing file
     or function, and for any exception inside, naming the user's line.
     """
+    file, name = _parts(spec)
+    with _importable(file.resolve().parent):
+        function = _function(file, name)
+        with _reported(file, f"{name}() of {file.name} failed"):
+            return function(**_accepted(function, offered))
+
+
+def user_function(spec: str) -> Callable[..., Any]:
+    """The function that `path/file.py:function` names, uncalled. Raises InputError as `call_user_function` does."""
+    file, name = _parts(spec)
+    with _importable(file.resolve().parent):
+        return _function(file, name)
+
+
+def _parts(spec: str) -> tuple[Path, str]:
     location, _, name = spec.rpartition(":")
     if not location.endswith(".py"):
         raise InputError("no function is named", where=spec, fix="Write path/file.py:function")
     file = Path(location).expanduser()
     if not file.is_file():
         raise InputError("no such file", where=str(file))
-    with _importable(file.resolve().parent):
-        module = _import(file)
-        function = getattr(module, name, None)
-        if not callable(function):
-            known = [n for n, value in vars(module).items() if inspect.isfunction(value) and not n.startswith("_")]
-            fix = f"Its functions: {', '.join(known)}" if known else None
-            raise InputError(f"no function {name!r} in {file.name}", where=str(file), fix=fix)
-        with _reported(file, f"{name}() of {file.name} failed"):
-            return function(**_accepted(function, offered))
+    return file, name
+
+
+def _function(file: Path, name: str) -> Callable[..., Any]:
+    module = _import(file)
+    function = getattr(module, name, None)
+    if not callable(function):
+        known = [n for n, value in vars(module).items() if inspect.isfunction(value) and not n.startswith("_")]
+        fix = f"Its functions: {', '.join(known)}" if known else None
+        raise InputError(f"no function {name!r} in {file.name}", where=str(file), fix=fix)
+    found: Callable[..., Any] = function
+    return found
 
 
 @contextmanager

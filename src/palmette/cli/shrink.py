@@ -23,7 +23,10 @@ def shrink(
     run: Annotated[Path, typer.Option("--run", "-r", metavar="DIR", help="Run folder to write.")] = Path("runs/shrink"),
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")] = False,
     method: Annotated[
-        str, typer.Option(help="auto searches all edits on the clock; palmette methods lists all, with their papers.")
+        str,
+        typer.Option(
+            help="auto searches all edits on the clock; palmette methods lists all; FILE.py:FUNCTION is your own."
+        ),
     ] = "auto",
     max_drop: Annotated[
         float, typer.Option(metavar="POINTS", help="Points of validation accuracy to give up at most.")

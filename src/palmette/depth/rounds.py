@@ -101,7 +101,14 @@ def target_ms(text: str | None, dense_ms: float | None) -> float | None:
             raise InputError(f"{text!r} is not a target", fix='Write "0.5x" for half the dense latency, or "3.2ms"')
     if dense_ms is None:
         raise InputError("a target latency needs a clock", fix='Choose cost "onnxruntime" or "eager" instead of "macs"')
-    return dense_ms * factor if relative else parse_latency(text)
+    if relative:
+        return dense_ms * factor
+    try:
+        return parse_latency(text)
+    except InputError as error:
+        raise InputError(
+            f"{text!r} is not a target", fix='Write "0.5x" for half the dense latency, or "3.2ms"'
+        ) from error
 
 
 def search(session: Session, baseline: dict[str, Any], say: Callable[[str], None]) -> Search:
