@@ -177,7 +177,7 @@ class LastFirstConfig(pm.MethodConfig):
 
 
 @pm.method(
-    name="last_first", title="last first", paper="", unit="depth", sites="block", edit="drop", config=LastFirstConfig
+    name="last_first", title="last first", paper="-", unit="depth", sites="block", edit="drop", config=LastFirstConfig
 )
 def score(captured, candidates, loader, config, *, seed):
     """Depth of a block from the end; low = remove first."""
