@@ -115,7 +115,7 @@ def test_methods_are_listed(capsys) -> None:
 def test_the_options_of_a_method_are_listed(capsys) -> None:
     assert run("methods", "auto") == 0
     printed = capsys.readouterr().out
-    for line in (r"importance +answers or healed +answers", r"trainings +whole number in \[1, inf\) +3"):
+    for line in (r"importance +answers or healed +healed", r"trainings +whole number in \[1, inf\) +3"):
         assert re.search(line, printed), printed
     assert run("methods", "aut") == 2
     assert "Did you mean 'auto'?" in capsys.readouterr().err

@@ -28,6 +28,7 @@ from palmette.train.loop import HealConfig, heal
 
 UNDONE = "refused"
 """What a trial gives instead of a number when the removal cannot be done."""
+DIVERGED = f"{UNDONE}: its local healing diverges"
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,6 @@ def trial(
             local(network, copy.deepcopy(dense))
         return reference.divergence(network)
     except TrainingError:
-        return f"{UNDONE}: its local healing diverges"
+        return DIVERGED
     except PalmetteError as error:
         return f"{UNDONE}: {error}"

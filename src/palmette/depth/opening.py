@@ -26,7 +26,7 @@ from palmette.depth.session import (
     example_from,
     first_inputs,
 )
-from palmette.errors import InputError, PalmetteError
+from palmette.errors import InputError, PalmetteError, TrainingError
 from palmette.graph import capture, find_sites, weights_hash
 from palmette.graph.inputs import Example, batch_size, with_batch
 from palmette.meter.table import CostTable
@@ -230,6 +230,6 @@ def _folder(run_dir: Path | None) -> Iterator[Path]:
 
 
 def _worth_keeping(run_dir: Path, error: PalmetteError) -> bool:
-    """Whether a failed run has trained: networks, or options healed by a run whose input is not what was wrong."""
-    trained = any(run_dir.glob("*.safetensors"))
-    return trained or (not isinstance(error, InputError) and any(run_dir.glob("importance/*.json")))
+    """Whether a failed run has trained: networks, or options healed by a run whose settings are not what was wrong."""
+    trained, settings = any(run_dir.glob("*.safetensors")), isinstance(error, InputError | TrainingError)
+    return trained or (not settings and any(run_dir.glob("importance/*.json")))
