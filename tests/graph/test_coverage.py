@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -26,6 +27,7 @@ def _load(name: str) -> ModuleType:
 
 
 families = _load("coverage_families")
+errors = _load("coverage_errors")
 coverage = _load("table_coverage")
 KEYS = [f.key for f in families.families()]
 
@@ -48,3 +50,18 @@ def test_family(key: str) -> None:
     row = coverage.run_isolated(key, seconds=900, gibibytes=16)
     assert row["passed"], row["failures"]
     assert row["merges"] > 0 or row["reasons"]
+
+
+def test_the_bound_is_what_rounding_does_where_that_is_more() -> None:
+    calm, wild = {"rounding": 1e-6, "condition": 10.0}, {"rounding": 1e-6, "condition": 1e8}
+    assert errors.bound(calm, torch.float64) == errors.FLOAT64_BOUND
+    assert errors.bound(calm, torch.float32) == errors.FLOAT32_BOUND
+    assert errors.bound(wild, torch.float64) == pytest.approx(8 * 1e8 * 2**-53)
+    assert errors.bound(wild, torch.float32) == pytest.approx(8 * 1e8 * 2**-24)
+
+
+def test_the_condition_of_a_linear_network_is_about_one() -> None:
+    family = next(f for f in families.families() if f.key == "torchvision:alexnet")
+    size = families.inputs(family, 1, 0).shape[-1]
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * size * size, 4, bias=False)).double()
+    assert 1e-3 < errors.condition(family, net) <= 3 * size * size
