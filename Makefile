@@ -37,7 +37,7 @@ demo: $(VENV)/.stamp-demo ## shrink a small network on scikit-learn's digits, un
 	$(BIN)/palmette demo --resume
 
 test: $(VENV)/.stamp-dev ## the default tests
-	$(PYTEST) -n $(WORKERS)
+	$(PYTEST) -n $(WORKERS) --dist worksteal
 
 test-slow: $(VENV)/.stamp-dev ## coverage of model families, 500 random networks, the kill test
 	$(PYTEST) -n $(WORKERS) -m slow --hypothesis-profile=slow --timeout=7200

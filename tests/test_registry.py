@@ -177,7 +177,7 @@ class LastFirstConfig(pm.MethodConfig):
 
 
 @pm.method(
-    name="last_first", title="last first", paper="-", unit="depth", sites="block", edit="drop", config=LastFirstConfig
+    name="back_first", title="back first", paper="-", unit="depth", sites="block", edit="drop", config=LastFirstConfig
 )
 def score(captured, candidates, loader, config, *, seed):
     """Depth of a block from the end; low = remove first."""
@@ -196,8 +196,8 @@ def test_a_method_of_a_file_of_ones_own(tmp_path, monkeypatch) -> None:
     file = tmp_path / "mine.py"
     file.write_text(OWN)
     entry = get_method(f"{file}:score")
-    assert entry.name == "last_first"
-    assert get_method(f"{file}:score") is entry is get_method("last_first")
+    assert entry.name == "back_first"
+    assert get_method(f"{file}:score") is entry is get_method("back_first")
     assert "saved_and_loaded" in check_method(entry)
     with pytest.raises(InputError, match="the function is no method"):
         get_method(f"{file}:plain")
