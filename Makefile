@@ -40,7 +40,7 @@ test: $(VENV)/.stamp-dev ## the default tests
 	$(PYTEST) -n $(WORKERS) --dist worksteal
 
 test-slow: $(VENV)/.stamp-dev ## coverage of model families, 500 random networks, the kill test
-	$(PYTEST) -n $(WORKERS) -m slow --hypothesis-profile=slow --timeout=7200
+	$(PYTEST) -n $(WORKERS) --dist worksteal -m slow --hypothesis-profile=slow --timeout=7200
 
 lint: $(VENV)/.stamp-dev ## ruff and mypy
 	$(BIN)/ruff check .
