@@ -205,7 +205,7 @@ class Branch:
         """What every training of this branch is told alike."""
         session = self.session
         return {
-            "teacher": session.dense if session.heal.distill > 0 or session.heal.features > 0 else None,
+            "teacher": session.teacher,
             "loss_fn": session.loss_fn,
             "seed": session.settings.seed,
             "checkpoint": session.run.path(f"{name}-checkpoint.safetensors"),

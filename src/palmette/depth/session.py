@@ -150,6 +150,11 @@ class Session:
         """Whether the method heals after a removal under its config."""
         return self.method.heals is None or bool(self.method.heals(self.config))
 
+    @property
+    def teacher(self) -> fx.GraphModule | None:
+        """The dense network where healing distils from it."""
+        return self.dense if self.heal.distill > 0 or self.heal.features > 0 else None
+
     def clock(self, network: fx.GraphModule) -> float | None:
         """Milliseconds of one forward pass at batch 1 by the cost table; None where it counts MACs.
 

@@ -51,7 +51,7 @@ def narrowed(session: Session, network: nn.Module, ratio: float, label: str) -> 
             small,
             session.train,
             session.heal,
-            teacher=session.dense if session.heal.distill > 0 or session.heal.features > 0 else None,
+            teacher=session.teacher,
             loss_fn=session.loss_fn,
             seed=session.settings.seed,
             checkpoint=session.run.path(f"{label}-checkpoint.safetensors"),

@@ -13,9 +13,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from palmette.graph.inputs import tensors
+from palmette.graph.io import weights_hash
 
 KEPT = 4
 LARGEST = 64 * 2**20
@@ -53,12 +54,11 @@ def _name(model: nn.Module, inputs: Any) -> str | None:
         if module is not model and not all(map(_exact, plain.values())):
             return None
         lines.append(f"{path} {type(module)} {'' if module is model else plain}")
-    digest = hashlib.sha256("\n".join(lines).encode())
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        _take_in(digest, name, tensor)
-    for name, tensor in model.named_buffers():
-        _take_in(digest, name, tensor)  # those that are in no state_dict too
-    return digest.hexdigest()
+    tensors_held = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    return hashlib.sha256("\n".join([*lines, weights_hash(tensors_held)]).encode()).hexdigest()
 
 
 def _exact(value: Any) -> bool:
@@ -66,11 +66,3 @@ def _exact(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
         return all(map(_exact, value))
     return isinstance(value, _PLAIN)
-
-
-def _take_in(digest: Any, name: str, value: Any) -> None:
-    digest.update(name.encode())
-    if isinstance(value, Tensor):
-        data = value.detach().cpu().contiguous()
-        digest.update(f"{data.dtype} {tuple(data.shape)}".encode())
-        digest.update(data.reshape(-1).view(torch.uint8).numpy().tobytes() if data.numel() else b"")
