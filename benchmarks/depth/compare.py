@@ -65,7 +65,7 @@ ADAMW = replace(RECIPE, lr=4e-4, optimizer="adamw")
 SETTINGS = {
     "resnet20": Setting(RESNET, 0.75, SGD, 10_000, 2),
     "resnet56": Setting(RESNET, 0.67, SGD, 6_000, 2),
-    "mobilenetv2": Setting("cifar10:{}?size=96&norm=half&augment=flip&batch=64&train={}", 0.77, ADAMW, 1_500, 2),
+    "mobilenetv2": Setting("cifar10:{}?size=96&norm=half&augment=flip&batch=64&train={}", 0.77, ADAMW, 6_000, 2),
     "vit": Setting("cifar10:{}?norm=imagenet&augment=flip-shift&batch=64&train={}", 0.63, ADAMW, 5_000, 2),
 }
 UNHEALED = "auto (no local healing)"

@@ -51,3 +51,13 @@ def test_two_processes_fade_a_plan_in_and_resume(tmp_path):
     assert launch("fading", broken) == 0
     for name in ("state.safetensors", "state-fade.safetensors"):
         assert (broken / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+@pytest.mark.parametrize(("case", "steps", "faded"), [("sampler", 9, 4), ("left-over", 6, 2)])
+def test_a_fade_has_the_steps_of_one_process(tmp_path, case, steps, faded):
+    assert launch(case, tmp_path) == 0
+    found = json.loads((tmp_path / "outcome-0.json").read_text())
+    assert found["steps"] == steps
+    assert found["faded"] == [[faded], [faded]]  # planned, and done when the edits were made

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from lightning_fabric import Fabric
 from torch import Tensor
 
 from palmette.errors import DataError
@@ -145,6 +146,13 @@ def _first_fingerprint(loader: Any, seed: int) -> str:
 def empty() -> DataError:
     """The error for a loader without batches."""
     return DataError("The loader is empty", fix="Check the data, and drop_last with fewer samples than a batch holds.")
+
+
+def dealt(loader: Any, fabric: Fabric | None) -> Any:
+    """The loader of this process's share of the samples; the loader itself where one process works."""
+    if fabric is None or fabric.world_size == 1:
+        return loader
+    return fabric.setup_dataloaders(loader, move_to_device=False)
 
 
 def length(loader: Any) -> int | None:

@@ -25,7 +25,7 @@ from palmette.graph.capture import capture
 from palmette.graph.plan import Edit, Plan
 from palmette.graph.sites import site_axis
 from palmette.graph.spans import run_at
-from palmette.train.batches import length
+from palmette.train.batches import dealt, length
 from palmette.train.checkpoint import model_tensors
 from palmette.train.config import HealConfig
 from palmette.train.constraints import zeros_kept
@@ -172,10 +172,10 @@ def fade_checkpoint(checkpoint: Path) -> Path:
 
 def _steps(loader: Iterable[Any], config: HealConfig, fabric: Fabric | None) -> int | None:
     """Steps of the fade in each process; None for a loader without a length, which `heal` refuses."""
-    batches = length(loader)
+    batches = length(dealt(loader, fabric))
     if batches is None:
         return None
-    total = config.epochs * math.ceil(batches / (1 if fabric is None else fabric.world_size))
+    total = config.epochs * batches
     switch = config.begin + config.fade * (config.end - config.begin)
     return round(switch * total) - round(config.begin * total)
 

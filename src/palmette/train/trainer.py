@@ -20,7 +20,7 @@ from palmette.errors import DataError, InputError, RunError, TrainingError
 from palmette.graph.inputs import batch_size, call, main_output, split_batch, to_device
 from palmette.run import first_difference
 from palmette.seeding import derive_seed, global_state, restore_globals
-from palmette.train.batches import Epoch, batch_fingerprint, empty, length
+from palmette.train.batches import Epoch, batch_fingerprint, dealt, empty, length
 from palmette.train.checkpoint import (
     digest,
     load_checkpoint,
@@ -105,9 +105,7 @@ class Trainer:
         self.task, self.config, self.fabric, self.identity = task, task.config, fabric, identity
         self.optimizer = make_optimizer(task.model, task.config)
         self.wrapped, self.stepper = fabric.setup(task.model, self.optimizer)
-        self.loader = task.loader
-        if fabric.world_size > 1:
-            self.loader = fabric.setup_dataloaders(task.loader, move_to_device=False)
+        self.loader = dealt(task.loader, fabric)
         if task.teacher is not None:
             task.teacher.eval().to(fabric.device)
         self.steps = length(self.loader)
