@@ -237,7 +237,7 @@ def methods_page() -> str:
         METHODS,
         table(
             ("name", "ranks", "edit", "unit of the score", "paper"),
-            [(f"[{m.name}](#{slug(m.name)})", m.sites, m.edit, escape(m.unit), escape(m.paper)) for m in methods()],
+            [(f"[{m.name}](#{slug(m.name)})", m.ranks, m.edit, escape(m.unit), escape(m.paper)) for m in methods()],
         ),
     ]
     for entry in methods():
@@ -247,12 +247,18 @@ def methods_page() -> str:
 
 
 def config_table(config: type) -> str:
-    """The options of a method, as they were annotated."""
-    rows = []
-    for field in dataclasses.fields(config):
-        written = field.type if isinstance(field.type, str) else inspect.formatannotation(field.type)
-        rows.append((f"`{field.name}`", f"`{escape(clean(written))}`", f"`{field.default!r}`"))
-    return table(("option", "allowed", "default"), rows) if rows else "It has no options."
+    """The options of a method: what they mean, and a table of what is allowed."""
+    from palmette.cli.look import allowed, typed
+    from palmette.registry import config_help
+
+    hints = get_type_hints(config, include_extras=True)
+    rows = [
+        (f"`{field.name}`", escape(allowed(hints[field.name])), f"`{typed(field.default)}`")
+        for field in dataclasses.fields(config)
+    ]
+    if not rows:
+        return "It has no options."
+    return "\n\n".join([paragraphs(config_help(config)), table(("option", "allowed", "default"), rows)])
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------

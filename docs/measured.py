@@ -30,7 +30,8 @@ off on both sides of the comparison, since it cannot be trained.
 
 BENCHMARKS = """
 Every table comes from a script in `benchmarks/` and stands with its controls: the dense network with the same extra
-training, and random removal of as many sites. Accuracy is top-1 on data that chose nothing, with its 95 % interval;
+training, and random removal of as many sites, or for `auto` of sites that save as much. Accuracy is top-1 on data that
+chose nothing, with its 95 % interval;
 differences are paired per image, in points against the dense network. 1 MAC is one multiply-add.
 """
 

@@ -3,8 +3,8 @@
 Usage: python benchmarks/depth/search.py [--network digits-mobile] [--epochs 12]
 
 Every training has the length of the dense one. EASIER trains once for each activation; `auto` times and compares what
-can be removed, heals each of these a little, and trains: three times at most, what was healed a little counted by its
-steps. Also: the knapsack against brute force on small instances, with the time that both take.
+can be removed, heals each of these and some rival plans a little, and trains: three times at most, what was healed a
+little counted by its steps. Also: the knapsack against brute force on small instances, with the time that both take.
 Written to benchmarks/results/depth_search.json.
 """
 
@@ -23,8 +23,9 @@ from typing import Any
 import torch
 
 import palmette as pm
-from palmette.depth.auto import AutoConfig, local_steps
+from palmette.depth.auto import AutoConfig
 from palmette.depth.knapsack import Item, front, least_loss
+from palmette.depth.race import steps_for_each
 from palmette.meter.latency import hardware
 from palmette.models import build
 from palmette.resolve import resolve_data
@@ -75,10 +76,10 @@ def searches(name: str, epochs: int) -> dict[str, Any]:
             )
             seconds = time.perf_counter() - begun
             trainings = float(len(list((Path(folder) / "run" / "stages").glob("*-heal.json"))))
-            tried = len(list((Path(folder) / "run" / "importance").glob("*.json")))
-            if tried:
-                schedule = SimpleNamespace(train=data.train, heal=recipe)
-                trainings += tried * local_steps(schedule, tried, AutoConfig()) / (epochs * len(data.train))
+            schedule, config = SimpleNamespace(train=data.train, heal=recipe), AutoConfig()
+            for journal, most in (("importance", config.steps), ("race", 2 * config.steps)):
+                tried = len(list((Path(folder) / "run" / journal).glob("*.json")))
+                trainings += tried * steps_for_each(schedule, tried, most) / (epochs * len(data.train))
         found["rows"].append(
             {
                 "method": method,

@@ -12,6 +12,7 @@ import difflib
 import functools
 import importlib
 import importlib.util
+import inspect
 import math
 import pkgutil
 import types
@@ -59,6 +60,12 @@ class MethodConfig:
 
     def __post_init__(self) -> None:
         check_config(self)
+
+
+def config_help(config: type[MethodConfig]) -> str:
+    """What the options of a method mean: the docstrings of its config and of those that it extends."""
+    own = [kind for kind in config.__mro__[: config.__mro__.index(MethodConfig)] if kind.__doc__]
+    return "\n\n".join(inspect.cleandoc(kind.__doc__ or "") for kind in own)
 
 
 def check_config(config: Any) -> None:
@@ -148,6 +155,11 @@ class Method:
     keeps_zeros: bool = False
     cross_entropy: bool = False
     search: Callable[..., Any] | None = None
+
+    @property
+    def ranks(self) -> str:
+        """What it ranks, for tables: a kind of site, or "all" for a search of its own."""
+        return "all" if self.search is not None else self.sites
 
     def make_config(self, **options: Any) -> MethodConfig:
         """The method's config from options; raises InputError for an option it does not know (suggests the nearest)."""

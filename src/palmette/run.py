@@ -146,7 +146,9 @@ class Run:
         content = {name for name in content if name != _LOCK and not name.startswith(TEMPORARY_PREFIX)}
         if "run.json" in content and not resume:
             raise RunError(
-                "The folder holds a run already", where=str(self.folder), fix="Pass --resume or choose another folder."
+                "The folder holds a run already",
+                where=str(self.folder),
+                fix="Go on with it (--resume, or resume=True), or choose another folder.",
             )
         if content and "run.json" not in content:
             raise RunError(

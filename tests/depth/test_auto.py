@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from palmette.depth import auto
-from palmette.depth.auto import AutoConfig, _spent, local_steps
+from palmette.depth.auto import AutoConfig, _trainings_left, local_steps
 from palmette.depth.front import Point, thinned
 from palmette.depth.importance import Reference, trial
 from palmette.depth.knapsack import Pick
@@ -40,7 +40,7 @@ def test_the_fastest_within_bounds_is_found(whole, trained) -> None:
     assert result.verification.max_relative_error < 1e-4
     x = torch.randn(5, 8)
     assert torch.equal(load(trained, folder / "model.safetensors").eval()(x), result.model(x))
-    assert "removed by one training of" in result.message
+    assert "removed at once" in result.message
 
 
 def test_every_kind_of_edit_is_in_the_ranking(whole) -> None:
@@ -91,15 +91,16 @@ def test_healed_importance_trains_each_entry_a_little(trained, blobs, quick) -> 
 
 
 @pytest.mark.parametrize(
-    ("epochs", "options", "steps", "spent"),
-    [(10, 10, 16, 1), (100, 10, 16, 0), (1, 10, 0, 0), (2, 10, 4, 1), (0, 10, 0, 0), (3, 0, 16, 0)],
+    ("epochs", "options", "steps"), [(20, 10, 16), (100, 10, 16), (1, 10, 0), (4, 10, 4), (0, 10, 0), (3, 0, 16)]
 )
-def test_local_healing_is_never_longer_than_one_healing(epochs, options, steps, spent) -> None:
-    session = SimpleNamespace(train=range(20), heal=HealConfig(epochs=epochs))
+def test_local_healing_is_never_longer_than_half_a_healing(epochs, options, steps) -> None:
+    session = SimpleNamespace(
+        train=range(20), heal=HealConfig(epochs=epochs), settings=SimpleNamespace(rounds=None), config=None
+    )
     assert local_steps(session, options, AutoConfig()) == steps
-    assert steps * options <= max(epochs, 1) * 20
-    assert _spent(session, options, AutoConfig()) == spent
+    assert 2 * steps * options <= max(epochs, 1) * 20
     assert local_steps(session, options, AutoConfig(importance="answers")) == 0
+    assert _trainings_left(session, steps * options) == (2 if steps * options else 3)
 
 
 def test_nothing_may_be_done() -> None:

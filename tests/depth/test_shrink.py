@@ -258,6 +258,16 @@ def test_targets() -> None:
             target_ms(text, 4.0)
     with pytest.raises(InputError, match="clock"):
         target_ms("0.5x", None)
+    with pytest.raises(InputError, match=r"no unit.*0\.5x.*0\.5ms"):
+        target_ms("0.5", 4.0)
+
+
+@pytest.mark.parametrize("method", ["easier", "auto"])
+def test_a_target_that_the_dense_network_meets_changes_nothing(trained, blobs, quick, monkeypatch, method) -> None:
+    monkeypatch.setattr("palmette.depth.session.Session.clock", lambda session, network: 4.0)
+    result = _run(trained, blobs, quick, method=method, target_latency="5ms", rounds=None)
+    assert len(result.plan) == 0
+    assert "Nothing was removed: the dense network takes 4 ms already, and 5 ms are allowed" in result.message
 
 
 def test_the_rounds_end_when_the_target_is_reached(trained, blobs, quick, monkeypatch) -> None:

@@ -38,7 +38,11 @@ def demo(
 
     say = tables.say
     if (run / "run.json").exists() and not resume:
-        raise RunError("the folder holds a run already", where=str(run), fix="Pass --resume or --run another folder")
+        raise RunError(
+            "the folder holds a run already",
+            where=str(run),
+            fix="Go on with it (--resume), or give another folder (--run).",
+        )
     torch.set_num_threads(1)  # networks this small gain nothing from more, and lose much where cores are busy
     found = resolve_data("digits", seed=seed)
     shape = tuple(found.example_inputs.shape[1:])

@@ -82,27 +82,29 @@ def methods(
 
     Example: palmette methods auto
     """
-    from palmette.registry import get_method
+    from palmette.registry import config_help, get_method
     from palmette.registry import methods as registered
 
     if name is not None:
         entry = get_method(name)
         tables.say(entry.title if entry.paper.startswith("none") else f"{entry.title}. {entry.paper}")
         hints = get_type_hints(entry.config, include_extras=True)
-        options = [(f.name, allowed(hints[f.name]), _typed(f.default)) for f in dataclasses.fields(entry.config)]
+        options = [(f.name, allowed(hints[f.name]), typed(f.default)) for f in dataclasses.fields(entry.config)]
         if options:
+            tables.say(config_help(entry.config))
             tables.console.print(tables.plain("Options", ("--option", "allowed", "default"), options))
         else:
             tables.say("It has no options")
         return
     rows = [
-        (m.name, m.sites, m.unit, m.title if m.paper.startswith("none") else f"{m.title}. {m.paper}")
+        (m.name, m.ranks, m.unit, m.title if m.paper.startswith("none") else f"{m.title}. {m.paper}")
         for m in registered()
     ]
     tables.console.print(tables.plain("Methods", ("name", "ranks", "unit of score", "what it does; paper"), rows))
 
 
-def _typed(value: Any) -> str:
+def typed(value: Any) -> str:
+    """A default as it would be typed."""
     return value if isinstance(value, str) else json.dumps(value)
 
 

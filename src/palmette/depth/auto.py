@@ -2,12 +2,13 @@
 
 Idea: time each possible removal (linearised activations, dropped blocks, closed-form linear maps of blocks and spans,
 parallel branches, convolutions left out), measure how far it moves the network's answers, choose by dynamic
-programming the sets that no other beats, and time those collapsed. Papers: Kim et al., "Efficient Latency-Aware CNN
-Depth Compression via Two-Stage Dynamic Programming", ICML 2023; Kim et al., "LayerMerge", ICML 2024. Differs: any
-graph; blocks, spans and parallel branches beside merges; the importance table is filled by comparing answers after
-`steps` batches of healing instead of by hundreds of fine-tunings (`importance="answers"`: without any healing); the
-whole front instead of one budget. Cost: one pass for all fits, a few batches per removal, some seconds per point of
-the front, then healing schedules: at most `trainings` of them, the steps before taken together as one of these.
+programming the sets that no other beats, time those collapsed, and let the one that reaches the latency run against
+plans of one kind of removal alone (race.py). Papers: Kim et al., "Efficient Latency-Aware CNN Depth Compression via
+Two-Stage Dynamic Programming", ICML 2023; Kim et al., "LayerMerge", ICML 2024. Differs: any graph; blocks, spans and
+parallel branches beside merges; the importance table is filled by comparing answers after `steps` batches of healing
+instead of by hundreds of fine-tunings (`importance="answers"`: without any healing, and without a race); the whole
+front instead of one budget. Cost: one pass for all fits, a few batches per removal, some seconds per point of the
+front, then healing schedules: at most `trainings`, all steps before counted in.
 """
 
 from __future__ import annotations
@@ -15,29 +16,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Annotated, Any, Literal
 
 from torch import fx
 
+from palmette.depth.branch import Branch
 from palmette.depth.front import Point, measured_front
-from palmette.depth.importance import DIVERGED, LocalHealing, Reference, trial
+from palmette.depth.importance import Reference, divergences, reference_of, trial
 from palmette.depth.knapsack import Item, front
 from palmette.depth.options import Option, find_options
 from palmette.depth.probe import Probes
-from palmette.depth.rounds import Round, Search, target_ms
-from palmette.depth.session import Calibration, Session
-from palmette.errors import InputError, TrainingError
+from palmette.depth.race import raced, share_of_healing, steps_for_each
+from palmette.depth.rounds import Round, Search, met_already, target_ms
+from palmette.depth.session import Session
+from palmette.errors import InputError
 from palmette.graph import Candidate, Plan, edits_of
 from palmette.graph.capture import example_of
 from palmette.meter.compute import macs
 from palmette.registry import Bounds, MethodConfig, method
-from palmette.train.batches import length
-from palmette.train.labels import is_cross_entropy
-from palmette.trials import run_trials
 
-LEAST_STEPS = 4
-"""Fewer steps of local healing say less than none: they move every network by about as much."""
 HOPE = 0.25
 """Share of the loss of a network that knows nothing beyond which a point has no hope. Measured on two ResNets and a
 ViT, healed for two short epochs: up to 14 % of it one or two points were lost, at 25 % three to nine, at 54 % 33."""
@@ -81,10 +78,14 @@ def search(session: Session, baseline: dict[str, Any], say: Callable[[str], None
     config, settings = _config(session), session.settings
     dense_ms = session.run.once("dense-latency", lambda: session.clock(session.dense))
     goal = target_ms(settings.target_latency, dense_ms)
+    if met := met_already(goal, dense_ms):
+        return Search(branch=Branch(session, "auto"), rounds=(), winner=-1, first_scores=(), ended=met, goal=goal)
     options, points = explore(session, say)
+    if goal is not None:
+        reaching(points, goal, session.table.runtime)
+    points, little = _raced(session, options, points, goal, say)
     probes = Probes(session, [o for o, _ in options], points)
-    left = config.trainings - _spent(session, len(options), config)
-    limit = left if settings.rounds is None else min(left, settings.rounds)
+    limit = _trainings_left(session, little)
     start = None if goal is None else reaching(points, goal, session.table.runtime)
     found: list[Round] = []
     low, high, winner, ended = -1, len(points) if goal is not None else len(hopeful(session, points)), -1, ""
@@ -94,9 +95,7 @@ def search(session: Session, baseline: dict[str, Any], say: Callable[[str], None
             break
         if len(found) >= limit:
             ended = f"the limit of {limit} training{'' if limit == 1 else 's'} was reached"
-            ended += (
-                " (one more went into the importance of the options)" if limit < config.trainings == left + 1 else ""
-            )
+            ended += "" if limit >= config.trainings else " (what was healed a little counts as another)"
             break
         index = start if start is not None and not found else _between(points, low, high, session)
         entry = probes.heal(len(found), index, baseline)
@@ -117,6 +116,42 @@ def search(session: Session, baseline: dict[str, Any], say: Callable[[str], None
         random=probes.random,
         goal=goal,
     )
+
+
+def _raced(
+    session: Session,
+    options: Sequence[tuple[Option, float]],
+    points: list[Point],
+    goal: float | None,
+    say: Callable[[str], None],
+) -> tuple[list[Point], int]:
+    """The front after the race at the goal, or at the point that is tried first, and all steps that were healed.
+
+    Points that have no hope are left out where there is no goal.
+    """
+    config, whole = _config(session), whole_cost(session)
+    steps = len(options) * local_steps(session, len(options), config)
+    if config.importance == "answers" or not points:
+        return points, steps
+    at = points[_between(points, -1, len(hopeful(session, points)), session)].cost if goal is None else goal
+    front_of, more = raced(
+        session,
+        [option for option, _ in options],
+        items(options, whole),
+        points,
+        at,
+        whole=whole,
+        most=2 * config.steps,
+        batches=config.batches,
+        say=say,
+    )
+    return front_of, steps + more
+
+
+def _trainings_left(session: Session, little: int) -> int:
+    """How many points may be healed in full, when `little` steps of healing are spent already; one at least."""
+    left = max(int(_config(session).trainings - share_of_healing(session, little)), 1)
+    return left if session.settings.rounds is None else min(left, session.settings.rounds)
 
 
 def _config(session: Session) -> AutoConfig:
@@ -159,57 +194,26 @@ def ranked(options: Iterable[tuple[Option, float]]) -> list[dict[str, Any]]:
     ]
 
 
+def local_steps(session: Session, options: int, config: AutoConfig) -> int:
+    """Steps of healing for each option before it is compared with the dense network."""
+    return 0 if config.importance == "answers" else steps_for_each(session, options, config.steps)
+
+
 def importance(session: Session, options: Sequence[Option], config: AutoConfig) -> dict[str, float | None]:
     """The divergence of each option done alone, journaled one by one; None for those that cannot be done.
 
     Raises TrainingError when the healing of every option diverges.
     """
-    classes = is_cross_entropy(session.loss_fn)
-    seed, local = session.settings.seed, None
-    compared = Calibration(session.val, config.batches, seed)  # the same batches when the run is resumed
-    reference = Reference.of(session.dense, compared, config.batches, classes=classes)
-    steps = local_steps(session, len(options), config)
+    reference = reference_of(session, config.batches)
     session.run.once("hope", lambda: HOPE * reference.ignorance)
-    if steps:
-        lessons = Calibration(session.train, steps, seed)
-        local = LocalHealing.of(lessons, steps, session.heal, seed, session.loss_fn)
-    measure = partial(
-        trial,
-        dense=session.dense,
-        example=session.example,
-        pad=session.settings.pad,
-        reference=reference,
-        local=local,
+    found = divergences(
+        session,
+        {option.key: option.plan for option in options},
+        reference,
+        steps=local_steps(session, len(options), config),
+        journal="importance",
     )
-    found = run_trials(
-        measure,
-        {option.key: option.plan.to_json() for option in options},
-        journal=session.run.path("importance"),
-        ray=session.ray,
-        seed=seed,
-        label="importance",
-    )
-    if found and all(value == DIVERGED for value in found.values()):
-        raise TrainingError("No option can be healed", where="local healing, epoch 0", fix="Use a lower learning rate.")
     return {key: None if isinstance(value, str) else max(float(value), 0.0) for key, value in found.items()}
-
-
-def local_steps(session: Session, options: int, config: AutoConfig) -> int:
-    """Steps of healing for each option: `config.steps` unless all together would be longer than a healing schedule.
-
-    Too few to mend anything are none.
-    """
-    if config.importance == "answers":
-        return 0
-    schedule = length(session.train)
-    steps = config.steps if schedule is None else min(config.steps, session.heal.epochs * schedule // max(options, 1))
-    return steps if steps >= min(LEAST_STEPS, config.steps) else 0
-
-
-def _spent(session: Session, options: int, config: AutoConfig) -> int:
-    """How many of the `trainings` the healing of all options stands for: one when it is more than half of one."""
-    schedule = session.heal.epochs * (length(session.train) or 0)
-    return int(config.trainings > 1 and 2 * options * local_steps(session, options, config) > schedule > 0)
 
 
 def hopeful(session: Session, points: Sequence[Point]) -> list[Point]:
@@ -253,7 +257,7 @@ def reaching(points: Sequence[Point], goal: float, runtime: str) -> int:
     raise InputError(
         f"a latency of {goal:.3g} ms cannot be reached on {runtime}",
         why=f"the lowest that the removals allow is {least}",
-        fix="Ask for less, or allow more edits",
+        fix="Ask for a higher latency, or allow more edits",
     )
 
 

@@ -12,19 +12,22 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from palmette.depth.session import Calibration, Session
 from palmette.errors import DataError, PalmetteError, TrainingError
 from palmette.graph import Plan
 from palmette.graph.inputs import Example, call, main_output, split_batch, to_device
-from palmette.train.labels import LossFn
+from palmette.train.labels import LossFn, is_cross_entropy
 from palmette.train.loop import HealConfig, heal
+from palmette.trials import run_trials
 
 UNDONE = "refused"
 """What a trial gives instead of a number when the removal cannot be done."""
@@ -112,3 +115,41 @@ def trial(
         return DIVERGED
     except PalmetteError as error:
         return f"{UNDONE}: {error}"
+
+
+def reference_of(session: Session, batches: int | None) -> Reference:
+    """The dense network's answers on that many batches of validation data, the same ones when a run is resumed."""
+    compared = Calibration(session.val, batches, session.settings.seed)
+    return Reference.of(session.dense, compared, batches, classes=is_cross_entropy(session.loss_fn))
+
+
+def divergences(
+    session: Session, plans: Mapping[str, Plan], reference: Reference, *, steps: int, journal: str
+) -> dict[str, float | str]:
+    """What `trial` gives for each fitted plan, by name, after `steps` steps of local healing; journaled one by one.
+
+    journal: the folder of the run that holds them. Raises TrainingError when the healing of every one diverges.
+    """
+    seed, local = session.settings.seed, None
+    if steps:
+        lessons = Calibration(session.train, steps, seed)
+        local = LocalHealing.of(lessons, steps, session.heal, seed, session.loss_fn)
+    measure = partial(
+        trial,
+        dense=session.dense,
+        example=session.example,
+        pad=session.settings.pad,
+        reference=reference,
+        local=local,
+    )
+    found: dict[str, float | str] = run_trials(
+        measure,
+        {name: plan.to_json() for name, plan in plans.items()},
+        journal=session.run.path(journal),
+        ray=session.ray,
+        seed=seed,
+        label=journal,
+    )
+    if found and all(value == DIVERGED for value in found.values()):
+        raise TrainingError("No option can be healed", where="local healing, epoch 0", fix="Use a lower learning rate.")
+    return found

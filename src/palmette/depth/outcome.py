@@ -149,17 +149,24 @@ def _message(session: Session, found: Search, rows: list[dict[str, Any]]) -> str
     within = f"within {bound:g} point{'' if bound == 1 else 's'}"
     if found.winner < 0:
         tried = len(found.rounds) if found.random else 0
-        lost = f"none of the {tried} networks that were healed stayed {within}, and " if tried else ""
+        several = f"none of the {tried} networks that were healed" if tried > 1 else "the one network that was healed"
+        lost = f"{several} {'stayed' if tried > 1 else 'did not stay'} {within}, and " if tried else ""
         return f"Nothing was removed: {lost}{found.ended}. The dense network is returned."
     shrunk = rows[1]
     difference, low, high = shrunk["difference"]
-    verdict = within if -low <= bound else f"{within} is not resolved"
+    verdict = within if -low <= bound else f"whether it is {within} is not resolved"
     removed = shrunk["linearized"] + shrunk["dropped"] + shrunk["replaced"]
-    rounds = f"{found.winner + 1} round{'s' if found.winner else ''}"
     missed = f"; {found.missed}" if found.missed else ""
-    how = f"by one training of {len(found.rounds)}" if found.random else f"in {rounds}"
     return (
-        f"{removed} site{'s' if removed > 1 else ''} removed {how}; "
+        f"{removed} site{'s' if removed > 1 else ''} removed {_way(found)}; "
         f"accuracy {difference:+.2f} points [{low:+.2f}, {high:+.2f}] on {shrunk['n']} samples: {verdict}. "
         f"The {'search' if found.random else 'rounds'} ended because {found.ended}{missed}."
     )
+
+
+def _way(found: Search) -> str:
+    """In how many rounds the winner was reached, or for a search of its own among how many networks it was chosen."""
+    if not found.random:
+        return f"in {found.winner + 1} round{'s' if found.winner else ''}"
+    healed = len(found.rounds)
+    return "at once" if healed == 1 else f"at once; {healed} networks were healed, one was kept"

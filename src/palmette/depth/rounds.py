@@ -104,11 +104,24 @@ def target_ms(text: str | None, dense_ms: float | None) -> float | None:
     if relative:
         return dense_ms * factor
     try:
-        return parse_latency(text)
+        found = parse_latency(text)
     except InputError as error:
         raise InputError(
             f"{text!r} is not a target", fix='Write "0.5x" for half the dense latency, or "3.2ms"'
         ) from error
+    if text.strip()[-1] in "0123456789.":
+        raise InputError(
+            f"the target {text!r} has no unit",
+            fix=f'Write "{text.strip()}x" for a share of the dense latency, or "{text.strip()}ms"',
+        )
+    return found
+
+
+def met_already(goal: float | None, dense_ms: float | None) -> str:
+    """What to say when the dense network is as fast as the goal, both in ms; empty otherwise."""
+    if goal is None or dense_ms is None or dense_ms > goal:
+        return ""
+    return f"the dense network takes {dense_ms:.3g} ms already, and {goal:.3g} ms are allowed"
 
 
 def search(session: Session, baseline: dict[str, Any], say: Callable[[str], None]) -> Search:
@@ -123,6 +136,8 @@ def search(session: Session, baseline: dict[str, Any], say: Callable[[str], None
         raise InputError("one shot needs a target latency", fix='Give target_latency, for instance "0.7x"')
     patience = 1 if settings.reproduce else settings.patience
     branch, found, winner, misses = Branch(session, "shrink"), list[Round](), -1, 0
+    if met := met_already(goal, dense_ms):
+        return Search(branch=branch, rounds=(), winner=-1, first_scores=(), ended=met, goal=goal)
     branch.prepare(session.method)
     scores: tuple[dict[str, Any], ...] = ()
     number, ended = 0, f"the limit of {_rounds(1 if settings.one_shot else settings.rounds or 0)} was reached"

@@ -104,6 +104,7 @@ class Session:
             "schema": 1,
             "command": self.names.get("command", ""),
             "method": self.method.name,
+            "search": self.method.search is not None,
             "seed": self.settings.seed,
             "environment": self.run.environment,
             "model": self.names.get("model", type(self.model).__name__),

@@ -20,7 +20,7 @@ from palmette.depth.accounts import side_by_side
 from palmette.depth.auto import AutoConfig, explore, ranked, whole_cost
 from palmette.depth.opening import Loaders, opened
 from palmette.depth.outcome import finish, ranking_rows
-from palmette.depth.rounds import expected_seconds, rank, search, summary
+from palmette.depth.rounds import expected_seconds, rank, search, summary, target_ms
 from palmette.depth.session import (
     Session,
     Settings,
@@ -156,9 +156,11 @@ def _preview(session: Session) -> ShrinkResult:
         rounds = min(rounds, session.settings.rounds)
     seconds = expected_seconds(session, rounds)
     takes = "a time unknown for a loader without length" if seconds is None else f"about {max(seconds, 1):.0f} s"
+    many = "" if rounds == 1 else "s"
+    healing = f"at most {rounds} training{many}" if session.method.search else f"healing in {rounds} round{many}"
     message = (
-        f"{len(ranking)} candidate{'s pay' if len(ranking) > 1 else ' pays'}{more}; healing {rounds} "
-        f"round{'' if rounds == 1 else 's'} takes {takes}, each control as long again"
+        f"{len(ranking)} candidate{'s pay' if len(ranking) > 1 else ' pays'}{more}; {healing}: {takes}, "
+        "each control as long again"
     )
     nothing = f"Nothing pays on {session.table.runtime}; `palmette sites` lists what each removal saves in MACs"
     return ShrinkResult(
@@ -198,7 +200,11 @@ def _previewed_search(session: Session) -> tuple[list[dict[str, Any]], int, str]
     reach = ""
     if points:
         fastest = points[-1].cost / whole_cost(session)
-        reach = f", and {len(points)} plans of them were timed, down to {fastest:.2f}x of the dense cost"
+        plans = "1 plan" if len(points) == 1 else f"{len(points)} plans"
+        reach = f", and {plans} of them were timed, down to {fastest:.2f}x of the dense cost"
+        goal = target_ms(session.settings.target_latency, session.clock(session.dense))
+        if goal is not None:
+            reach += f"; the target of {goal:.3g} ms is {'within' if points[-1].cost <= goal else 'out of'} reach"
     return ranked(options), config.trainings, reach
 
 

@@ -124,6 +124,8 @@ class Figures:
     export: dict[str, Any] = field(default_factory=dict)
     message: str = ""
     cost_runtime: str | None = None
+    search: bool = False
+    """Whether the method has a search of its own, whose networks each stem from the dense one, in place of rounds."""
 
     def row(self, name: str) -> Row | None:
         """The row of that name."""

@@ -41,7 +41,12 @@ def render_front(run_folder: str | Path) -> Path:
         lstrip_blocks=True,
     )  # fmt: skip
     page = environment.get_template("front.html.j2").render(
-        figures=figures, words=words, picture=front_picture(figures), runtimes=runtimes_of(figures), clock=clock
+        figures=figures,
+        words=words,
+        picture=front_picture(figures),
+        runtimes=runtimes_of(figures),
+        clock=clock,
+        edits=words.edit_columns(figures["rows"]),
     )
     write_atomic(folder / "front.svg", standalone(figures))
     target = folder / "report.html"
@@ -71,6 +76,10 @@ def front_picture(figures: dict[str, Any]) -> Markup:
         axes.grid(color=COLOUR["grid"], linewidth=0.7)
         axes.tick_params(length=0)
         axes.margins(x=0.09, y=0.12)
+        axes.plot(
+            [], [], linestyle="", marker="o", markersize=8, markerfacecolor="none", markeredgewidth=1.4,
+            markeredgecolor=COLOUR["ink"], label="taken",
+        )  # fmt: skip
         axes.legend(
             *_unique(axes), loc="lower left", bbox_to_anchor=(-0.01, 1.01), ncols=5, frameon=False, fontsize=8.2,
             handletextpad=0.3, columnspacing=1.4, labelcolor=COLOUR["ink"], borderaxespad=0.2,

@@ -56,6 +56,7 @@ def page_of(figures: Figures, plan: list[dict[str, str]], artifacts: list[dict[s
         words=words,
         verdict=words.verdict(figures),
         tiles=tiles(figures),
+        edits=words.edit_columns(figures.rows),
         path=path_picture(figures),
         cost=cost_picture(figures) if figures.shrunk.removed else None,
         scores=score_picture(figures),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from palmette.report.figures import Clock, Figures, Row
 
@@ -185,9 +187,10 @@ def lead(figures: Figures) -> list[str]:
     if shrunk.removed == 0:
         return [figures.message] if figures.message else []
     parts = [plural(n, word) for n, word in ((shrunk.linearized, "activation"), (shrunk.dropped, "block")) if n]
-    did = [f"removed {' and '.join(parts)} from"] if parts else []
-    did += [f"put something simpler in {plural(shrunk.replaced, 'place')} of"] if shrunk.replaced else []
-    said = [f"The method {_quoted(figures.method)} {' and '.join(did)} {figures.model}."]
+    did = [f"removed {' and '.join(parts)}"] if parts else []
+    if shrunk.replaced:
+        did.append(f"put something simpler in place of {plural(shrunk.replaced, 'other' if parts else 'site')}")
+    said = [f"The method {_quoted(figures.method)} {' and '.join(did)} in {figures.model}."]
     if shrunk.accuracy is not None and dense.accuracy is not None:
         said.append(
             f"Accuracy on {shrunk.n:,} {_split(figures.split)} samples: {percent(dense.accuracy)} before, "
@@ -209,6 +212,20 @@ def _split(name: str) -> str:
     return {"val": "validation"}.get(name, name)
 
 
+_EDITS = {"linearized": "Linearised", "dropped": "Dropped", "replaced": "Replaced"}
+
+
+def edit_columns(rows: Sequence[Any]) -> list[tuple[str, str]]:
+    """Key and heading of each kind of edit that a row has, for rows as objects or as mappings."""
+    read = [row if isinstance(row, Mapping) else vars(row) for row in rows]
+    return [(name, title) for name, title in _EDITS.items() if any(row.get(name) for row in read)]
+
+
+def by_chance(figures: Figures) -> str:
+    """The control of random removals: as many sites, or with a search of its own as much of the chosen cost."""
+    return "random removal " + ("that saves as much by the timed table" if figures.search else "of as many sites")
+
+
 def _controls(figures: Figures) -> list[str]:
     """What the controls say, and whether the method is told apart from chance."""
     again, chance, ours = figures.row("dense + same training"), figures.row("random removal"), figures.shrunk.difference
@@ -220,8 +237,7 @@ def _controls(figures: Figures) -> list[str]:
         )
     if chance is not None and chance.accuracy is not None:
         text = (
-            f"Control: random removal of as many sites reaches {percent(chance.accuracy)} "
-            f"({points(chance.difference)} points); "
+            f"Control: {by_chance(figures)} reaches {percent(chance.accuracy)} ({points(chance.difference)} points); "
         )
         if ours is None or chance.difference is None:
             said.append(text + "the two were not compared.")
