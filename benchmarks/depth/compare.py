@@ -258,6 +258,7 @@ class Bench:
             rows.append(row)
             if labels:
                 row |= self._figures(labels, networks, clocks, correct, example)
+                row["against_auto"] = _against_auto(row, correct)
         return rows
 
     def _figures(
@@ -289,6 +290,17 @@ def label_of(name: str, seed: int) -> str:
     """The name of a contestant's files."""
     plain = re.sub(r"[^\w+]+", "-", name).strip("-")
     return f"{plain}-{seed}"
+
+
+def _against_auto(row: dict[str, Any], correct: dict[str, np.ndarray]) -> list[float] | None:
+    """Points by which a row is better than `auto` on the seeds that both have, with the interval; None for itself."""
+    seeds = [f["seed"] for f in row["facts"] if row["name"] != "auto"]
+    pairs = [(correct.get(label_of(row["name"], seed)), correct.get(label_of("auto", seed))) for seed in seeds]
+    both = [(ours, autos) for ours, autos in pairs if ours is not None and autos is not None]
+    if not both:
+        return None
+    ours, autos = (np.concatenate(side) for side in zip(*both, strict=True))
+    return list(paired_difference(ours, autos))
 
 
 def _silent(_: str) -> None:

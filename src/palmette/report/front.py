@@ -81,8 +81,8 @@ def front_picture(figures: dict[str, Any]) -> Markup:
             markeredgecolor=COLOUR["ink"], label="taken",
         )  # fmt: skip
         axes.legend(
-            *_unique(axes), loc="lower left", bbox_to_anchor=(-0.01, 1.01), ncols=5, frameon=False, fontsize=8.2,
-            handletextpad=0.3, columnspacing=1.4, labelcolor=COLOUR["ink"], borderaxespad=0.2,
+            *_unique(axes), loc="lower left", bbox_to_anchor=(-0.01, 1.01), ncols=6, frameon=False, fontsize=8.2,
+            handletextpad=0.3, columnspacing=1.1, labelcolor=COLOUR["ink"], borderaxespad=0.2,
         )  # fmt: skip
         return svg(figure, "front", f"Accuracy against latency of {len(figures['rows'])} networks")
 
