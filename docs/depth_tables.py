@@ -37,8 +37,8 @@ One scoring of all sites of a ResNet-50 on 1,000 images of 64 pixels, in batches
 found need no pass of their own; those that try every candidate are left out.
 """
 CAPTION = """
-*The front that `palmette curve` finds, with width and 8 bits beside depth: 1 thread, ONNX Runtime, one seed. A dark edge
-marks the network that is taken: the fastest within the bound on validation data.*
+*The front that `palmette curve` finds, with width and 8 bits beside depth: 1 thread, ONNX Runtime, one seed. A dark
+edge marks the network that is taken: the fastest within the bound on validation data.*
 """.strip()
 NONE_YET = "No results are stored yet: `python benchmarks/depth/compare.py NETWORK` measures them."
 

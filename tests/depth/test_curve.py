@@ -14,6 +14,7 @@ from palmette.depth.curve import curve, spread
 from palmette.depth.front import Point
 from palmette.errors import InputError, RunError
 from palmette.graph import Plan, load
+from palmette.report import render
 from palmette.report.front import render_front
 from palmette.train.loop import HealConfig
 
@@ -136,6 +137,13 @@ def test_points_are_spread_over_the_front() -> None:
     ]
     assert [points[i].cost for i in spread(points, 4, 10.0)] == [8, 6, 4, 2]
     assert spread(points[:2], 4, 10.0) == [0, 1]
+
+
+def test_the_page_of_a_curve_is_drawn_again(whole) -> None:
+    _, folder = whole
+    page = (folder / "report.html").read_text()
+    assert render(folder).read_text() == page
+    assert page.index("Difference, points") < page.index("Multiply-adds")
 
 
 def test_another_folder_is_no_curve(tmp_path) -> None:

@@ -33,9 +33,9 @@ def render_front(run_folder: str | Path) -> Path:
     Raises RunError when figures.json is missing or is not that of a curve.
     """
     folder = Path(run_folder)
-    figures = read_json(folder / "figures.json")
-    if not isinstance(figures, dict) or figures.get("kind") != "curve":
+    if not is_front(folder):
         raise RunError("The folder holds no curve", where=str(folder), fix="Pass the run folder of `palmette curve`.")
+    figures = read_json(folder / "figures.json")
     environment = Environment(
         loader=PackageLoader("palmette.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
@@ -52,6 +52,13 @@ def render_front(run_folder: str | Path) -> Path:
     target = folder / "report.html"
     write_atomic(target, page)
     return target
+
+
+def is_front(folder: Path) -> bool:
+    """Whether a run folder is that of a curve. Raises RunError when its figures.json cannot be read."""
+    path = folder / "figures.json"
+    figures = read_json(path) if path.is_file() else None
+    return isinstance(figures, dict) and figures.get("kind") == "curve"
 
 
 def runtimes_of(figures: dict[str, Any]) -> list[str]:

@@ -13,6 +13,7 @@ from palmette.errors import RunError
 from palmette.files import read_json, write_atomic
 from palmette.report import words
 from palmette.report.figures import Figures, load_figures
+from palmette.report.front import is_front, render_front
 from palmette.report.pictures import cost_picture, path_picture
 from palmette.report.site_pictures import CLASSES, MAX_BARS, colour_of, score_picture, strip_picture
 
@@ -29,12 +30,14 @@ ARTIFACTS = {
 
 
 def render(run_folder: str | Path) -> Path:
-    """Write report.html into `run_folder` from figures.json and plan.json there, and return its path.
+    """Write report.html into `run_folder`, that of a shrink or of a curve, from its files, and return its path.
 
     The same folder gives the same bytes. Raises RunError when figures.json is missing or damaged, or when the page
     would exceed 1 MB.
     """
     folder = Path(run_folder)
+    if is_front(folder):
+        return render_front(folder)
     page = page_of(load_figures(folder), _plan(folder), _artifacts(folder))
     if len(page.encode()) > MAX_BYTES:
         raise RunError("The report is larger than 1 MB", where=str(folder), why=f"it has {len(page.encode()):,} bytes")
