@@ -21,6 +21,14 @@ NETWORKS = {
 }
 """What benchmarks/depth/compare.py knows, in the order of the page."""
 TITLES = {"onnxruntime": "ONNX Runtime", "eager": "eager"}
+HEADLINE = {
+    "dense": "dense",
+    "auto": "auto",
+    "dense + same training": "dense + same training",
+    "random blocks": "random removal",
+    "torch-pruning": "Torch-Pruning",
+}
+"""The rows of the README's table, and what they are called there."""
 CONTROLS = ("random", "torch-pruning", "distiller", "dense +")
 SEARCHES = """
 `auto`, and EASIER in the paper's form (one activation a round, each round a training), on `{network}` and the digits;
@@ -68,6 +76,35 @@ def brief(result: dict[str, Any]) -> str:
     """Target, seeds and threads of a comparison, in one line."""
     seeds = max(row["seeds"] for row in result["rows"])
     return f"Target {result['target']:g}x, {seeds} seed{'s' * (seeds > 1)}, {result['threads']} threads."
+
+
+def headline_table(network: str = "resnet56") -> str:
+    """What `auto` makes of one network beside both controls and the peer, for the README; empty without results."""
+    result = stored(network)
+    if not result:
+        return ""
+    by_name = {row["name"]: row for row in result["rows"] if "latency" in row}
+    rows = [by_name[name] for name in HEADLINE if name in by_name]
+    n = f"top-1, %, n = {max(row['n'] for row in rows):,}"
+    lines = [
+        ("depth", [f"{statistics.median(row['depth']):g}" for row in rows]),
+        ("MACs, M", [f"{statistics.median(row['macs']) / 1e6:.1f}" for row in rows]),
+        ("parameters, k", [f"{statistics.median(row['params']) / 1e3:.0f}" for row in rows]),
+        ("peak memory, KiB", [f"{statistics.median(row['peak_bytes']) / 1024:.0f}" for row in rows]),
+        *[(f"{TITLES[r]}, ms", [pace(row, rows[0], r) for row in rows]) for r in rows[0]["latency"]],
+        (n, [f"{100 * row['accuracy']:.2f}" for row in rows]),
+        ("difference, points", [interval(row["difference"]) for row in rows]),
+    ]
+    head = ("", *(HEADLINE[row["name"]] for row in rows))
+    what = f"{NETWORKS[network]}: `auto` asked for {result['target']:g}x of the dense latency in ONNX Runtime."
+    return f"{what}\n\n{table(head, [[label, *cells] for label, cells in lines])}\n\n{setting(result)}"
+
+
+def pace(row: dict[str, Any], dense: dict[str, Any], runtime: str) -> str:
+    """Milliseconds, and how many times faster than the dense network that is."""
+    found = row["latency"][runtime]
+    faster = "" if row is dense else f" ({found['speedup']:.2f}x)"
+    return f"{statistics.median(found['median_ms']):.3g}{faster}"
 
 
 def depth_sections() -> list[str]:

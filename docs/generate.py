@@ -19,9 +19,9 @@ import sys
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from depth_tables import which_tables
+from depth_tables import headline_table, which_tables
 from layout import NOTE, escape, page, slug, table, with_table
-from measured import benchmarks_page, coverage_page, shrink_table
+from measured import benchmarks_page, coverage_page
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -41,7 +41,7 @@ def pages() -> dict[Path, str]:
         DOCS / "coverage.md": coverage_page(),
         DOCS / "benchmarks.md": benchmarks_page(),
         DOCS / "which.md": with_table((DOCS / "which.md").read_text(), "which", which_tables()),
-        ROOT / "README.md": with_table((ROOT / "README.md").read_text(), "shrink", shrink_table()),
+        ROOT / "README.md": with_table((ROOT / "README.md").read_text(), "headline", headline_table()),
     }
 
 

@@ -84,14 +84,6 @@ def benchmarks_page() -> str:
     return page(parts)
 
 
-def shrink_table() -> str:
-    """The accounting table of the digits benchmark, or nothing."""
-    path = RESULTS / "shrink_digits.json"
-    if not path.exists():
-        return ""
-    return "\n\n".join(f"{accounting(figures)}\n\n{made_by(path, figures)}" for figures in runs_of(path))
-
-
 def runs_of(path: Path) -> list[dict[str, Any]]:
     """The runs in a result file: it holds one run's figures, or a list of them under `runs`."""
     stored = json.loads(path.read_text())
