@@ -248,14 +248,10 @@ def methods_page() -> str:
 
 def config_table(config: type) -> str:
     """The options of a method: what they mean, and a table of what is allowed."""
-    from palmette.cli.look import allowed, typed
+    from palmette.cli.look import option_rows
     from palmette.registry import config_help
 
-    hints = get_type_hints(config, include_extras=True)
-    rows = [
-        (f"`{field.name}`", escape(allowed(hints[field.name])), f"`{typed(field.default)}`")
-        for field in dataclasses.fields(config)
-    ]
+    rows = [(f"`{name}`", escape(allowed), f"`{default}`") for name, allowed, default in option_rows(config)]
     if not rows:
         return "It has no options."
     return "\n\n".join([paragraphs(config_help(config)), table(("option", "allowed", "default"), rows)])

@@ -88,9 +88,7 @@ def methods(
     if name is not None:
         entry = get_method(name)
         tables.say(entry.title if entry.paper.startswith("none") else f"{entry.title}. {entry.paper}")
-        hints = get_type_hints(entry.config, include_extras=True)
-        options = [(f.name, allowed(hints[f.name]), typed(f.default)) for f in dataclasses.fields(entry.config)]
-        if options:
+        if options := option_rows(entry.config):
             tables.say(config_help(entry.config))
             tables.console.print(tables.plain("Options", ("--option", "allowed", "default"), options))
         else:
@@ -103,8 +101,13 @@ def methods(
     tables.console.print(tables.plain("Methods", ("name", "ranks", "unit of score", "what it does; paper"), rows))
 
 
-def typed(value: Any) -> str:
-    """A default as it would be typed."""
+def option_rows(config: type) -> list[tuple[str, str, str]]:
+    """Name, what is allowed and default of each option of a method, as they are typed."""
+    hints = get_type_hints(config, include_extras=True)
+    return [(field.name, allowed(hints[field.name]), _typed(field.default)) for field in dataclasses.fields(config)]
+
+
+def _typed(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 

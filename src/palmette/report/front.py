@@ -33,9 +33,9 @@ def render_front(run_folder: str | Path) -> Path:
     Raises RunError when figures.json is missing or is not that of a curve.
     """
     folder = Path(run_folder)
-    if not is_front(folder):
+    figures = front_figures(folder)
+    if figures is None:
         raise RunError("The folder holds no curve", where=str(folder), fix="Pass the run folder of `palmette curve`.")
-    figures = read_json(folder / "figures.json")
     environment = Environment(
         loader=PackageLoader("palmette.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
@@ -54,11 +54,11 @@ def render_front(run_folder: str | Path) -> Path:
     return target
 
 
-def is_front(folder: Path) -> bool:
-    """Whether a run folder is that of a curve. Raises RunError when its figures.json cannot be read."""
+def front_figures(folder: Path) -> dict[str, Any] | None:
+    """The figures of a curve's run folder, None for another. Raises RunError when its figures.json cannot be read."""
     path = folder / "figures.json"
     figures = read_json(path) if path.is_file() else None
-    return isinstance(figures, dict) and figures.get("kind") == "curve"
+    return figures if isinstance(figures, dict) and figures.get("kind") == "curve" else None
 
 
 def runtimes_of(figures: dict[str, Any]) -> list[str]:

@@ -13,7 +13,7 @@ from palmette.errors import RunError
 from palmette.files import read_json, write_atomic
 from palmette.report import words
 from palmette.report.figures import Figures, load_figures
-from palmette.report.front import is_front, render_front
+from palmette.report.front import front_figures, render_front
 from palmette.report.pictures import cost_picture, path_picture
 from palmette.report.site_pictures import CLASSES, MAX_BARS, colour_of, score_picture, strip_picture
 
@@ -36,7 +36,7 @@ def render(run_folder: str | Path) -> Path:
     would exceed 1 MB.
     """
     folder = Path(run_folder)
-    if is_front(folder):
+    if front_figures(folder) is not None:
         return render_front(folder)
     page = page_of(load_figures(folder), _plan(folder), _artifacts(folder))
     if len(page.encode()) > MAX_BYTES:
