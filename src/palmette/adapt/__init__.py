@@ -1,0 +1,1 @@
+"""Adapt: train a network on the device, within a budget of bytes."""

@@ -1,0 +1,400 @@
+"""The autograd functions behind an adapted network; each keeps through `save_for_backward` just what it needs.
+
+Gradients are exact given what is kept: a layer's weight gradient comes from its codec's payload, everything else from
+masks and parameters. None can be differentiated twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from palmette.adapt.bits import pack_bits, pack_small, unpack_bits, unpack_small
+from palmette.adapt.codec import Codec, Payload
+from palmette.adapt.layer import Layer
+from palmette.errors import TrainingError
+
+_ATEN = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A batch norm in eval mode: y = (x - mean) / sqrt(var + eps) * gamma + beta, per channel."""
+
+    mean: Tensor
+    var: Tensor
+    eps: float
+
+    def inverse_deviation(self) -> Tensor:
+        """1 / sqrt(var + eps)."""
+        return (self.var + self.eps).rsqrt()
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """What one call of a layer needs beside its differentiable inputs.
+
+    norm: the batch norm that follows and is computed with the layer. dtype: the type to compute in (autocast), or None.
+    """
+
+    layer: Layer
+    codec: Codec
+    norm: Norm | None = None
+    dtype: torch.dtype | None = None
+
+
+def _refuse_twice() -> None:
+    if torch.is_grad_enabled():
+        raise TrainingError(
+            "An adapted network cannot be differentiated twice",
+            why="what would be needed for second derivatives is not kept",
+            fix="Leave create_graph out, or call undo() first.",
+        )
+
+
+def _off(device: torch.device) -> Any:
+    return torch.autocast(device_type=device.type, enabled=False)
+
+
+class _LayerFunction(Function):
+    """A layer, and the batch norm that follows it if the call has one."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        call: LayerCall,
+        payload: Payload,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        tuned: Tensor | None,  # noqa: ARG004  # its values are in the weight; it is here for its gradient
+    ) -> Tensor:
+        ctx.call = replace(call, norm=None)
+        norm = call.norm
+        ctx.eps = None if norm is None else norm.eps
+        ctx.save_for_backward(
+            weight, bias, gamma, *((norm.mean, norm.var) if norm is not None else (None, None)), *payload
+        )
+        with _off(x.device):
+            scale = None
+            if norm is not None:
+                scale = _scale(norm, gamma)
+                shift = -norm.mean if bias is None else bias - norm.mean
+                bias = shift * scale if beta is None else shift * scale + beta
+            if call.dtype is not None and bias is not None:
+                bias = bias.to(call.dtype)
+            return call.layer.forward(x, _folded(call, weight, scale), bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        _refuse_twice()
+        with _off(grad.device):
+            return (None, None, *_layer_gradients(ctx, grad))
+
+
+def _scale(norm: Norm, gamma: Tensor | None) -> Tensor:
+    inverse = norm.inverse_deviation()
+    return inverse if gamma is None else gamma * inverse
+
+
+def _layer_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    call: LayerCall = ctx.call
+    weight, bias, gamma, mean, var, *payload = ctx.saved_tensors
+    _, _, need_x, need_weight, need_bias, need_gamma, need_beta, need_tuned = ctx.needs_input_grad
+    layer, norm = call.layer, None if ctx.eps is None else Norm(mean, var, ctx.eps)
+    scale = None if norm is None else _scale(norm, gamma)
+    dx = None
+    if need_x:
+        dx = layer.input_gradient(grad, _folded(call, weight, scale))
+    raw = None
+    if need_weight or need_gamma or need_tuned:
+        raw = call.codec.weight_gradient(tuple(payload), layer, grad).to(weight.dtype)
+    total = layer.bias_gradient(grad).to(weight.dtype) if need_bias or need_gamma or need_beta else None
+    dgamma = None
+    if need_gamma and norm is not None and raw is not None and total is not None:
+        # sum of dL/dy * (layer's output - mean): the output need not be kept, its inner product with the gradient is
+        # that of the weight with the weight's gradient
+        shift = -mean if bias is None else bias - mean
+        inner = torch.bmm(raw.flatten(1).unsqueeze(1), weight.flatten(1).unsqueeze(2)).view(-1)
+        dgamma = (inner + shift * total) * norm.inverse_deviation()
+    if raw is not None and scale is not None:
+        raw.mul_(layer.per_row(scale))
+    return (
+        dx,
+        raw if need_weight else None,
+        (total if total is None or scale is None else total * scale) if need_bias else None,
+        dgamma,
+        total if need_beta else None,
+        raw if need_tuned else None,
+    )
+
+
+def _folded(call: LayerCall, weight: Tensor, scale: Tensor | None) -> Tensor:
+    """The weight as the forward pass used it."""
+    folded = weight if scale is None else weight * call.layer.per_row(scale)
+    return folded if call.dtype is None else folded.to(call.dtype)
+
+
+def layer_call(
+    call: LayerCall,
+    payload: Payload,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    tuned: Tensor | None = None,
+) -> Tensor:
+    """The layer's output, with the batch norm's if the call has one. x is already in the type to compute in.
+
+    payload: what the codec made of x; () when no gradient needs it. tuned: the trained part of a frozen weight.
+    """
+    result: Tensor = _LayerFunction.apply(call, payload, x, weight, bias, gamma, beta, tuned)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Masked(Function):
+    """An activation whose slope is `inside` between its bends and `outside` elsewhere: one bit per number."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        compute: Callable[[Tensor], Tensor],
+        bends: tuple[float, float],
+        slopes: tuple[float, float],
+    ) -> Tensor:
+        y = compute(x)
+        if y is x:
+            ctx.mark_dirty(x)
+        low, high = bends
+        mask = y > low
+        if high != float("inf"):
+            mask &= y < high
+        ctx.last = _is_channels_last(y)
+        ctx.shape, ctx.slopes = y.shape, slopes
+        ctx.save_for_backward(pack_bits(_in_memory_order(mask, ctx.last)))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        _refuse_twice()
+        (bits,) = ctx.saved_tensors
+        mask = _unpacked(bits, ctx.shape, ctx.last)
+        inside, outside = ctx.slopes
+        if outside == 0.0:
+            return (grad * mask if inside == 1.0 else grad * mask * inside), None, None, None
+        return torch.where(mask.view(torch.bool), grad * inside, grad * outside), None, None, None
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _in_memory_order(x: Tensor, channels_last: bool) -> Tensor:
+    return x.permute(0, 2, 3, 1) if channels_last else x
+
+
+def _unpacked(bits: Tensor, shape: torch.Size, channels_last: bool) -> Tensor:
+    if not channels_last:
+        return unpack_bits(bits, shape)
+    batch, channels, height, width = shape
+    return unpack_bits(bits, torch.Size((batch, height, width, channels))).permute(0, 3, 1, 2)
+
+
+def masked_activation(
+    x: Tensor, compute: Callable[[Tensor], Tensor], bends: tuple[float, float], slopes: tuple[float, float]
+) -> Tensor:
+    """`compute(x)`, where the gradient is known from whether the output lies strictly between `bends`.
+
+    compute may work in place. slopes: (inside, outside).
+    """
+    result: Tensor = _Masked.apply(x, compute, bends, slopes)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _EvalNorm(Function):
+    """Batch norm in eval mode that keeps its parameters, and the input's payload only for a trainable gamma."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        norm: Norm,
+        codec: Codec | None,
+        payload: Payload,
+        x: Tensor,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+    ) -> Tensor:
+        ctx.norm_eps, ctx.codec = norm.eps, codec
+        ctx.layer = Layer("linear", x.shape, torch.Size((x.shape[1], x.shape[1])))
+        ctx.save_for_backward(norm.mean, norm.var, gamma, *payload)
+        with _off(x.device):
+            return torch.batch_norm(x, gamma, beta, norm.mean, norm.var, False, 0.0, norm.eps, True)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        _refuse_twice()
+        mean, var, gamma, *payload = ctx.saved_tensors
+        norm = Norm(mean, var, ctx.norm_eps)
+        _, _, _, need_x, need_gamma, need_beta = ctx.needs_input_grad
+        view, axes = (1, -1, *[1] * (grad.dim() - 2)), [0, *range(2, grad.dim())]
+        dx = (grad * _scale(norm, gamma).view(view)).to(grad.dtype) if need_x else None
+        total = grad.sum(axes) if need_gamma or need_beta else None
+        dgamma = None
+        if need_gamma and total is not None:
+            x = ctx.codec.decode(tuple(payload), ctx.layer)
+            dgamma = ((grad * x).sum(axes) - mean * total) * norm.inverse_deviation()
+        return None, None, None, dx, dgamma, total if need_beta else None
+
+
+def eval_norm(
+    norm: Norm, x: Tensor, gamma: Tensor | None, beta: Tensor | None, codec: Codec | None = None, payload: Payload = ()
+) -> Tensor:
+    """Batch norm of x [batch, channels, ...] by its running statistics; codec and payload: for a trainable gamma."""
+    result: Tensor = _EvalNorm.apply(norm, codec, payload, x, gamma, beta)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Dropout(Function):
+    """Dropout that keeps one bit per number; draws from the generator what torch's own draws."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float, inplace: bool) -> Tensor:  # type: ignore[override]
+        noise = torch.empty_like(x).bernoulli_(1 - p)
+        ctx.last, ctx.shape, ctx.scale = _is_channels_last(x), x.shape, 1 / (1 - p) if p < 1 else 0.0
+        ctx.save_for_backward(pack_bits(_in_memory_order(noise != 0, ctx.last)))
+        if p < 1:
+            noise.div_(1 - p)
+        if inplace:
+            ctx.mark_dirty(x)
+            return x.mul_(noise)
+        return x * noise
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        _refuse_twice()
+        (bits,) = ctx.saved_tensors
+        return (grad * _unpacked(bits, ctx.shape, ctx.last)).mul_(ctx.scale), None, None
+
+
+def dropout(x: Tensor, p: float, inplace: bool) -> Tensor:
+    """Training-mode dropout with probability p."""
+    result: Tensor = _Dropout.apply(x, p, inplace)  # type: ignore[no-untyped-call]
+    return result
+
+
+@dataclass(frozen=True)
+class Window:
+    """A two-dimensional pooling window: sizes as (height, width)."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    ceil: bool
+
+    @property
+    def bits(self) -> int | None:
+        """Bits that tell a place in the window: 2, 4 or 8; None for a window too large."""
+        places = self.kernel[0] * self.kernel[1]
+        return next((bits for bits in (2, 4, 8) if places <= 2**bits), None)
+
+
+class _MaxPool(Function):
+    """Max pooling that keeps, per output, the place within its window."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, window: Window) -> Tensor:  # type: ignore[override]
+        y, index = _ATEN.max_pool2d_with_indices(
+            x, window.kernel, window.stride, window.padding, window.dilation, window.ceil
+        )
+        ctx.window, ctx.x_shape, ctx.y_shape = window, x.shape, y.shape
+        rows, columns = _corners(window, y.shape, index.device)
+        width = x.shape[-1]
+        down = (index.div(width, rounding_mode="floor") - rows) // window.dilation[0]
+        across = (index % width - columns) // window.dilation[1]
+        place = (down * window.kernel[1] + across).to(torch.uint8)
+        ctx.save_for_backward(pack_small(place, window.bits or 8))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        _refuse_twice()
+        window: Window = ctx.window
+        (packed,) = ctx.saved_tensors
+        place = unpack_small(packed, ctx.y_shape, window.bits or 8).to(torch.int64)
+        rows, columns = _corners(window, ctx.y_shape, grad.device)
+        down, across = place // window.kernel[1], place % window.kernel[1]
+        index = (rows + down * window.dilation[0]) * ctx.x_shape[-1] + columns + across * window.dilation[1]
+        dx = grad.new_zeros((*ctx.x_shape[:-2], ctx.x_shape[-2] * ctx.x_shape[-1]))
+        dx.scatter_add_(-1, index.flatten(-2), grad.flatten(-2))
+        return dx.view(ctx.x_shape), None
+
+
+def _corners(window: Window, shape: torch.Size, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Row [h, 1] and column [w] of the input where each window begins; negative in the padding."""
+    rows = torch.arange(shape[-2], device=device) * window.stride[0] - window.padding[0]
+    columns = torch.arange(shape[-1], device=device) * window.stride[1] - window.padding[1]
+    return rows[:, None], columns
+
+
+def max_pool2d(x: Tensor, window: Window) -> Tensor:
+    """Max pooling of x [batch, channels, height, width]."""
+    result: Tensor = _MaxPool.apply(x, window)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _ShapeOnly(Function):
+    """An operation whose gradient needs no more of the input than its shape."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, compute: Callable[[Tensor], Tensor], backward: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        ctx.backward_of, ctx.shape = backward, x.shape
+        return compute(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        _refuse_twice()
+        return ctx.backward_of(grad, grad.new_empty(1).expand(ctx.shape)), None, None
+
+
+def shape_only(x: Tensor, compute: Callable[[Tensor], Tensor], backward: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """`compute(x)`; its gradient is `backward(grad, something of x's shape)`."""
+    result: Tensor = _ShapeOnly.apply(x, compute, backward)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Smooth(Function):
+    """A smooth activation in place: what autograd would keep is a copy of the input, which others may use, too."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, source: Tensor, compute: Callable[[Tensor], Tensor], backward: Callable[..., Tensor]
+    ) -> Tensor:
+        ctx.backward_of = backward
+        ctx.save_for_backward(source)
+        ctx.mark_dirty(x)
+        return compute(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        _refuse_twice()
+        return ctx.backward_of(grad, *ctx.saved_tensors), None, None, None
+
+
+def smooth_in_place(
+    x: Tensor, source: Tensor, compute: Callable[[Tensor], Tensor], backward: Callable[..., Tensor]
+) -> Tensor:
+    """`compute(x)` in place; `source`: a copy of x, kept for `backward(grad, source)`."""
+    result: Tensor = _Smooth.apply(x, source, compute, backward)  # type: ignore[no-untyped-call]
+    return result

@@ -1,0 +1,149 @@
+"""Convolutions and linear layers as arithmetic: the output, and each gradient by itself.
+
+Shapes: x [batch, channels, *space] or [..., features]; weight [out, in / groups, *kernel] or [out, in].
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_ATEN = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One call of a convolution or linear layer; the four tuples are empty for a linear layer."""
+
+    kind: Literal["conv", "linear"]
+    x_shape: torch.Size
+    weight_shape: torch.Size
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
+
+    @property
+    def channel_axis(self) -> int:
+        """The axis of x along which the layer's inputs lie."""
+        return 1 if self.kind == "conv" else len(self.x_shape) - 1
+
+    @property
+    def out_channels(self) -> int:
+        """Output channels or features."""
+        return self.weight_shape[0]
+
+    @property
+    def out_shape(self) -> torch.Size:
+        """Shape of the output."""
+        if self.kind == "linear":
+            return torch.Size((*self.x_shape[:-1], self.out_channels))
+        space = (
+            (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+            for size, kernel, stride, padding, dilation in zip(
+                self.x_shape[2:], self.weight_shape[2:], self.stride, self.padding, self.dilation, strict=True
+            )
+        )
+        return torch.Size((self.x_shape[0], self.out_channels, *space))
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The output, by the same kernels as `torch.nn.functional`."""
+        if self.kind == "linear":
+            return F.linear(x, weight, bias)
+        none = [0] * len(self.stride)
+        return torch.convolution(
+            x, weight, bias, self.stride, self.padding, self.dilation, False, none, self.groups
+        )  # as conv1d, conv2d and conv3d call it
+
+    def input_gradient(self, grad: Tensor, weight: Tensor) -> Tensor:
+        """dL/dx from dL/dy; exact, it needs no input (spec adapt 1.1)."""
+        if self.kind == "linear":
+            return grad.matmul(weight)
+        output_padding = self._output_padding()
+        if all(extra < max(pair) for extra, *pair in zip(output_padding, self.stride, self.dilation, strict=True)):
+            return torch.convolution(
+                grad, weight, None, self.stride, self.padding, self.dilation, True, output_padding, self.groups
+            )
+        shape_only = grad.new_empty(1).expand(self.x_shape)
+        return self._backward(grad, shape_only, weight, (True, False, False))[0]
+
+    def weight_gradient(self, x: Tensor, grad: Tensor) -> Tensor:
+        """dL/dw from the input and dL/dy."""
+        if self.kind == "linear":
+            return grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+        return self._backward(grad, x, grad.new_empty(1).expand(self.weight_shape), (False, True, False))[1]
+
+    def bias_gradient(self, grad: Tensor) -> Tensor:
+        """dL/db: the sum over all but the output channels."""
+        if self.kind == "linear":
+            return grad.reshape(-1, grad.shape[-1]).sum(0)
+        return grad.sum([0, *range(2, grad.dim())])
+
+    def per_channel(self, values: Tensor) -> Tensor:
+        """Values of the output channels, shaped to multiply the output."""
+        return values if self.kind == "linear" else values.view(-1, *[1] * len(self.stride))
+
+    def per_row(self, values: Tensor) -> Tensor:
+        """Values of the output channels, shaped to multiply the weight."""
+        return values.view(-1, *[1] * (len(self.weight_shape) - 1))
+
+    def macs(self) -> int:
+        """Multiply-adds of the forward pass; the input and the weight gradient cost as many each."""
+        return math.prod(self.out_shape) * math.prod(self.weight_shape[1:])
+
+    def _output_padding(self) -> list[int]:
+        """How many rows of the input the last window does not reach, per axis."""
+        sizes = zip(
+            self.x_shape[2:],
+            self.out_shape[2:],
+            self.weight_shape[2:],
+            self.stride,
+            self.padding,
+            self.dilation,
+            strict=True,
+        )
+        return [x - ((y - 1) * s - 2 * p + d * (k - 1) + 1) for x, y, k, s, p, d in sizes]
+
+    def _backward(
+        self, grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        none = [0] * len(self.stride)
+        found: tuple[Tensor, Tensor, Tensor] = _ATEN.convolution_backward(
+            grad, x, weight, None, self.stride, self.padding, self.dilation, False, none, self.groups, wanted
+        )
+        return found
+
+
+def conv_layer(
+    x_shape: torch.Size,
+    weight_shape: torch.Size,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] = 0,
+    dilation: int | tuple[int, ...] = 1,
+    groups: int = 1,
+) -> Layer:
+    """A convolution; a number stands for all axes."""
+    axes = len(weight_shape) - 2
+    return Layer(
+        "conv",
+        torch.Size(x_shape),
+        torch.Size(weight_shape),
+        *(_per_axis(v, axes) for v in (stride, padding, dilation)),
+        groups,
+    )
+
+
+def linear_layer(x_shape: torch.Size, weight_shape: torch.Size) -> Layer:
+    """A linear layer on the last axis."""
+    return Layer("linear", torch.Size(x_shape), torch.Size(weight_shape))
+
+
+def _per_axis(value: int | tuple[int, ...], axes: int) -> tuple[int, ...]:
+    if isinstance(value, int):
+        return (value,) * axes
+    return tuple(value) * (axes if len(value) == 1 else 1)
