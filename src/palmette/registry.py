@@ -25,7 +25,7 @@ from palmette.usercode import is_file_spec, user_function
 
 WINGS = ("depth", "adapt", "supernet", "sparsity", "fairness")
 
-SiteKind = Literal["activation", "block", "span", "layer", "convolution"]
+SiteKind = Literal["activation", "block", "span", "layer", "convolution", "input", "channel"]
 ScoreFunction = Callable[..., dict[str, float]]
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -101,6 +101,8 @@ def _problem(value: Any, hint: Any) -> str | None:
 
 
 def _type_problem(value: Any, hint: Any) -> str | None:
+    if hint is Any:
+        return None
     if hint is type(None):
         return None if value is None else "None"
     if hint is bool:

@@ -31,17 +31,18 @@ class Changes(nn.Module):
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 3))
         self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("expanded", torch.ones(1).expand(4))
 
     def forward(self, x: Tensor) -> Tensor:
         random.random()
         self.calls = self.calls + 1
         self.register_buffer("late", x.detach(), persistent=False)
-        return self.layers(x)
+        return self.layers(x * self.expanded)
 
 
 @pytest.mark.parametrize("raises", [False, True])
 @pytest.mark.parametrize("training", [True, False])
-def test_the_model_is_left_as_found(raises: bool, training: bool) -> None:
+def test_the_model_isleft_as_found(raises: bool, training: bool) -> None:
     def fails(output: Tensor, y: Any) -> Tensor:
         raise ZeroDivisionError
 
@@ -159,7 +160,7 @@ def allocated(model: nn.Module, x: Tensor, y: Tensor) -> int:
 def test_the_peak_is_the_allocators_but_for_scratch_space(build: Callable[[], nn.Module], shape: Any) -> None:
     model, x, y = build(), torch.randn(shape), torch.randint(5, shape[:1])
     measured, real = measure_training(model, x, y).peak_bytes, allocated(model, x, y)
-    assert measured <= real <= 1.04 * measured
+    assert measured <= real <= 1.01 * measured
 
 
 @networks

@@ -32,7 +32,8 @@ def unpack_bits(packed: Tensor, shape: torch.Size) -> Tensor:
     if _is_plain_cpu(packed):
         return torch.from_numpy(np.unpackbits(packed.numpy(), count=count, bitorder="little")).view(shape)
     words = (packed.to(torch.int64) * _SPREAD) & _SELECT
-    return (words.view(torch.uint8)[:count] != 0).to(torch.uint8).view(shape)
+    flags: Tensor = words.view(torch.uint8)[:count] != 0
+    return flags.to(torch.uint8).view(shape)
 
 
 def pack_small(numbers: Tensor, bits: int) -> Tensor:
@@ -41,7 +42,7 @@ def pack_small(numbers: Tensor, bits: int) -> Tensor:
         return numbers.reshape(-1)
     per_byte = 8 // bits
     columns = _padded(numbers.reshape(-1), per_byte).view(-1, per_byte)
-    packed = columns[:, 0].clone()
+    packed: Tensor = columns[:, 0].clone()
     for column in range(1, per_byte):
         packed |= columns[:, column] << (bits * column)
     return packed
@@ -52,7 +53,8 @@ def unpack_small(packed: Tensor, shape: torch.Size, bits: int) -> Tensor:
     if bits == 8:
         return packed.view(shape)
     shifts = [packed >> (bits * column) for column in range(8 // bits)]
-    return (torch.stack(shifts, 1) & (2**bits - 1)).view(-1)[: shape.numel()].view(shape)
+    columns: Tensor = torch.stack(shifts, 1) & (2**bits - 1)
+    return columns.view(-1)[: shape.numel()].view(shape)
 
 
 def _padded(flat: Tensor, multiple: int) -> Tensor:

@@ -46,6 +46,10 @@ class Codec(MethodConfig):
         """dL/dw [out, in / groups, *kernel] from the payload and dL/dy."""
         return layer.weight_gradient(self.decode(payload, layer), grad)
 
+    def input_gradient(self, layer: Layer, grad: Tensor, weight: Tensor) -> Tensor:
+        """dL/dx; exact for nearly all codecs, so that no error travels to earlier layers."""
+        return layer.input_gradient(grad, weight)
+
     def can_encode(self, shape: Sequence[int]) -> bool:
         """Whether the codec has a form for inputs of this shape."""
         return len(shape) >= 2
@@ -114,5 +118,11 @@ def codecs() -> dict[str, type[Codec]]:
 
 
 def as_stored(x: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """x in the type in which it is kept."""
+    """X in the type in which it is kept."""
     return x if dtype is None or x.dtype == dtype else x.to(dtype)
+
+
+def compact(tensor: Tensor) -> Tensor:
+    """The tensor in a storage of its own size: a view would keep all of what it looks into."""
+    size = tensor.numel() * tensor.element_size()
+    return tensor if tensor.untyped_storage().nbytes() == size else tensor.clone(memory_format=torch.contiguous_format)

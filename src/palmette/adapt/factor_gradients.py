@@ -1,4 +1,4 @@
-"""Weight gradients straight from the compressed input of a layer, which is never rebuilt.
+"""Weight gradients straight from the compressed input of a layer, without rebuilding it.
 
 The gradient is linear in the input, so every sum over a mode can be taken on the layer's output gradient or on the
 small core, whichever is cheaper. With the exact input's Tucker form the result is the exact gradient; with a truncated
@@ -252,15 +252,20 @@ def _linear_plan(shape: tuple[int, ...], kept: tuple[int | None, ...], outputs: 
 
 
 def _conv_plan(geometry: _Geometry) -> _Plan:
-    """The cheapest plan; the batch and the channels are never both expanded, which would rebuild the input."""
+    """The cheapest plan that does not bring batch, channels and positions all to full size, as the input is.
+
+    But for grouped convolutions whose batch has no factor: there every other way costs as much as without groups.
+    """
     shape, kept, weight = geometry.shape, geometry.kept, geometry.weight
     if geometry.pointwise:
         plan = _contraction((shape[0], weight[0], *shape[2:]), geometry.core, kept, 1, weight[0])
         return plan._replace(macs=plan.macs + (0 if kept[1] is None else math.prod(weight) * kept[1]))
     axes = tuple(mode for mode, rank in enumerate(kept) if mode > 1 and rank is not None)
     choices = [axes]
-    if kept[1] is not None:
-        choices += [(*axes, 1), (*axes, 0)] if kept[0] is not None else [(*axes, 1)]
+    if kept[1] is not None and kept[0] is not None:
+        choices += [(*axes, 1), (*axes, 0)]
+    elif kept[1] is not None and geometry.groups > 1:
+        choices += [(*axes, 1)]
     return min(_rebuilding(geometry, choice) for choice in choices)
 
 

@@ -7,7 +7,8 @@ masks and parameters. None can be differentiated twice.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from palmette.adapt.layer import Layer
 from palmette.errors import TrainingError
 
 _ATEN = torch.ops.aten
+_NO_CONTEXT = nullcontext()
 
 
 @dataclass(frozen=True)
@@ -35,20 +37,8 @@ class Norm:
         return (self.var + self.eps).rsqrt()
 
 
-@dataclass(frozen=True)
-class LayerCall:
-    """What one call of a layer needs beside its differentiable inputs.
-
-    norm: the batch norm that follows and is computed with the layer. dtype: the type to compute in (autocast), or None.
-    """
-
-    layer: Layer
-    codec: Codec
-    norm: Norm | None = None
-    dtype: torch.dtype | None = None
-
-
-def _refuse_twice() -> None:
+def refuse_twice() -> None:
+    """Raise TrainingError inside a backward pass that is itself recorded."""
     if torch.is_grad_enabled():
         raise TrainingError(
             "An adapted network cannot be differentiated twice",
@@ -57,114 +47,24 @@ def _refuse_twice() -> None:
         )
 
 
-def _off(device: torch.device) -> Any:
+def no_autocast(device: torch.device) -> Any:
+    """A context without autocast on the device; free where there is none anyway."""
+    if not torch.is_autocast_enabled(device.type):
+        return _NO_CONTEXT
     return torch.autocast(device_type=device.type, enabled=False)
 
 
-class _LayerFunction(Function):
-    """A layer, and the batch norm that follows it if the call has one."""
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        call: LayerCall,
-        payload: Payload,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        tuned: Tensor | None,  # noqa: ARG004  # its values are in the weight; it is here for its gradient
-    ) -> Tensor:
-        ctx.call = replace(call, norm=None)
-        norm = call.norm
-        ctx.eps = None if norm is None else norm.eps
-        ctx.save_for_backward(
-            weight, bias, gamma, *((norm.mean, norm.var) if norm is not None else (None, None)), *payload
-        )
-        with _off(x.device):
-            scale = None
-            if norm is not None:
-                scale = _scale(norm, gamma)
-                shift = -norm.mean if bias is None else bias - norm.mean
-                bias = shift * scale if beta is None else shift * scale + beta
-            if call.dtype is not None and bias is not None:
-                bias = bias.to(call.dtype)
-            return call.layer.forward(x, _folded(call, weight, scale), bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        _refuse_twice()
-        with _off(grad.device):
-            return (None, None, *_layer_gradients(ctx, grad))
-
-
-def _scale(norm: Norm, gamma: Tensor | None) -> Tensor:
+def scale_of(norm: Norm, gamma: Tensor | None) -> Tensor:
+    """What the norm multiplies a channel with."""
     inverse = norm.inverse_deviation()
     return inverse if gamma is None else gamma * inverse
-
-
-def _layer_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    call: LayerCall = ctx.call
-    weight, bias, gamma, mean, var, *payload = ctx.saved_tensors
-    _, _, need_x, need_weight, need_bias, need_gamma, need_beta, need_tuned = ctx.needs_input_grad
-    layer, norm = call.layer, None if ctx.eps is None else Norm(mean, var, ctx.eps)
-    scale = None if norm is None else _scale(norm, gamma)
-    dx = None
-    if need_x:
-        dx = layer.input_gradient(grad, _folded(call, weight, scale))
-    raw = None
-    if need_weight or need_gamma or need_tuned:
-        raw = call.codec.weight_gradient(tuple(payload), layer, grad).to(weight.dtype)
-    total = layer.bias_gradient(grad).to(weight.dtype) if need_bias or need_gamma or need_beta else None
-    dgamma = None
-    if need_gamma and norm is not None and raw is not None and total is not None:
-        # sum of dL/dy * (layer's output - mean): the output need not be kept, its inner product with the gradient is
-        # that of the weight with the weight's gradient
-        shift = -mean if bias is None else bias - mean
-        inner = torch.bmm(raw.flatten(1).unsqueeze(1), weight.flatten(1).unsqueeze(2)).view(-1)
-        dgamma = (inner + shift * total) * norm.inverse_deviation()
-    if raw is not None and scale is not None:
-        raw.mul_(layer.per_row(scale))
-    return (
-        dx,
-        raw if need_weight else None,
-        (total if total is None or scale is None else total * scale) if need_bias else None,
-        dgamma,
-        total if need_beta else None,
-        raw if need_tuned else None,
-    )
-
-
-def _folded(call: LayerCall, weight: Tensor, scale: Tensor | None) -> Tensor:
-    """The weight as the forward pass used it."""
-    folded = weight if scale is None else weight * call.layer.per_row(scale)
-    return folded if call.dtype is None else folded.to(call.dtype)
-
-
-def layer_call(
-    call: LayerCall,
-    payload: Payload,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    gamma: Tensor | None = None,
-    beta: Tensor | None = None,
-    tuned: Tensor | None = None,
-) -> Tensor:
-    """The layer's output, with the batch norm's if the call has one. x is already in the type to compute in.
-
-    payload: what the codec made of x; () when no gradient needs it. tuned: the trained part of a frozen weight.
-    """
-    result: Tensor = _LayerFunction.apply(call, payload, x, weight, bias, gamma, beta, tuned)  # type: ignore[no-untyped-call]
-    return result
 
 
 class _Masked(Function):
     """An activation whose slope is `inside` between its bends and `outside` elsewhere: one bit per number."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         compute: Callable[[Tensor], Tensor],
@@ -184,8 +84,8 @@ class _Masked(Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        _refuse_twice()
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        refuse_twice()
         (bits,) = ctx.saved_tensors
         mask = _unpacked(bits, ctx.shape, ctx.last)
         inside, outside = ctx.slopes
@@ -224,7 +124,7 @@ class _EvalNorm(Function):
     """Batch norm in eval mode that keeps its parameters, and the input's payload only for a trainable gamma."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         norm: Norm,
         codec: Codec | None,
@@ -236,17 +136,17 @@ class _EvalNorm(Function):
         ctx.norm_eps, ctx.codec = norm.eps, codec
         ctx.layer = Layer("linear", x.shape, torch.Size((x.shape[1], x.shape[1])))
         ctx.save_for_backward(norm.mean, norm.var, gamma, *payload)
-        with _off(x.device):
+        with no_autocast(x.device):
             return torch.batch_norm(x, gamma, beta, norm.mean, norm.var, False, 0.0, norm.eps, True)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        _refuse_twice()
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        refuse_twice()
         mean, var, gamma, *payload = ctx.saved_tensors
         norm = Norm(mean, var, ctx.norm_eps)
         _, _, _, need_x, need_gamma, need_beta = ctx.needs_input_grad
         view, axes = (1, -1, *[1] * (grad.dim() - 2)), [0, *range(2, grad.dim())]
-        dx = (grad * _scale(norm, gamma).view(view)).to(grad.dtype) if need_x else None
+        dx = (grad * scale_of(norm, gamma).view(view)).to(grad.dtype) if need_x else None
         total = grad.sum(axes) if need_gamma or need_beta else None
         dgamma = None
         if need_gamma and total is not None:
@@ -267,7 +167,7 @@ class _Dropout(Function):
     """Dropout that keeps one bit per number; draws from the generator what torch's own draws."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float, inplace: bool) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, p: float, inplace: bool) -> Tensor:
         noise = torch.empty_like(x).bernoulli_(1 - p)
         ctx.last, ctx.shape, ctx.scale = _is_channels_last(x), x.shape, 1 / (1 - p) if p < 1 else 0.0
         ctx.save_for_backward(pack_bits(_in_memory_order(noise != 0, ctx.last)))
@@ -279,8 +179,8 @@ class _Dropout(Function):
         return x * noise
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        _refuse_twice()
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        refuse_twice()
         (bits,) = ctx.saved_tensors
         return (grad * _unpacked(bits, ctx.shape, ctx.last)).mul_(ctx.scale), None, None
 
@@ -312,7 +212,7 @@ class _MaxPool(Function):
     """Max pooling that keeps, per output, the place within its window."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, window: Window) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, window: Window) -> Tensor:
         y, index = _ATEN.max_pool2d_with_indices(
             x, window.kernel, window.stride, window.padding, window.dilation, window.ceil
         )
@@ -326,8 +226,8 @@ class _MaxPool(Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        _refuse_twice()
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        refuse_twice()
         window: Window = ctx.window
         (packed,) = ctx.saved_tensors
         place = unpack_small(packed, ctx.y_shape, window.bits or 8).to(torch.int64)
@@ -356,16 +256,17 @@ class _ShapeOnly(Function):
     """An operation whose gradient needs no more of the input than its shape."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, compute: Callable[[Tensor], Tensor], backward: Callable[[Tensor, Tensor], Tensor]
     ) -> Tensor:
         ctx.backward_of, ctx.shape = backward, x.shape
         return compute(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        _refuse_twice()
-        return ctx.backward_of(grad, grad.new_empty(1).expand(ctx.shape)), None, None
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        refuse_twice()
+        dx: Tensor = ctx.backward_of(grad, grad.new_empty(1).expand(ctx.shape))
+        return dx, None, None
 
 
 def shape_only(x: Tensor, compute: Callable[[Tensor], Tensor], backward: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -378,7 +279,7 @@ class _Smooth(Function):
     """A smooth activation in place: what autograd would keep is a copy of the input, which others may use, too."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, source: Tensor, compute: Callable[[Tensor], Tensor], backward: Callable[..., Tensor]
     ) -> Tensor:
         ctx.backward_of = backward
@@ -387,8 +288,8 @@ class _Smooth(Function):
         return compute(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        _refuse_twice()
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        refuse_twice()
         return ctx.backward_of(grad, *ctx.saved_tensors), None, None, None
 
 

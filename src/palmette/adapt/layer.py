@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import torch
@@ -38,7 +39,7 @@ class Layer:
         """Output channels or features."""
         return self.weight_shape[0]
 
-    @property
+    @cached_property
     def out_shape(self) -> torch.Size:
         """Shape of the output."""
         if self.kind == "linear":
@@ -64,10 +65,10 @@ class Layer:
         """dL/dx from dL/dy; exact, it needs no input (spec adapt 1.1)."""
         if self.kind == "linear":
             return grad.matmul(weight)
-        output_padding = self._output_padding()
-        if all(extra < max(pair) for extra, *pair in zip(output_padding, self.stride, self.dilation, strict=True)):
+        extra = self._output_padding
+        if extra is not None:
             return torch.convolution(
-                grad, weight, None, self.stride, self.padding, self.dilation, True, output_padding, self.groups
+                grad, weight, None, self.stride, self.padding, self.dilation, True, extra, self.groups
             )
         shape_only = grad.new_empty(1).expand(self.x_shape)
         return self._backward(grad, shape_only, weight, (True, False, False))[0]
@@ -78,11 +79,11 @@ class Layer:
             return grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
         return self._backward(grad, x, grad.new_empty(1).expand(self.weight_shape), (False, True, False))[1]
 
-    def bias_gradient(self, grad: Tensor) -> Tensor:
+    def bias_gradient(self, grad: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """dL/db: the sum over all but the output channels."""
         if self.kind == "linear":
-            return grad.reshape(-1, grad.shape[-1]).sum(0)
-        return grad.sum([0, *range(2, grad.dim())])
+            return grad.reshape(-1, grad.shape[-1]).sum(0, dtype=dtype)
+        return grad.sum([0, *range(2, grad.dim())], dtype=dtype)
 
     def per_channel(self, values: Tensor) -> Tensor:
         """Values of the output channels, shaped to multiply the output."""
@@ -96,8 +97,9 @@ class Layer:
         """Multiply-adds of the forward pass; the input and the weight gradient cost as many each."""
         return math.prod(self.out_shape) * math.prod(self.weight_shape[1:])
 
-    def _output_padding(self) -> list[int]:
-        """How many rows of the input the last window does not reach, per axis."""
+    @cached_property
+    def _output_padding(self) -> list[int] | None:
+        """Rows of the input that the last window does not reach, per axis; None where torch takes no such number."""
         sizes = zip(
             self.x_shape[2:],
             self.out_shape[2:],
@@ -107,7 +109,9 @@ class Layer:
             self.dilation,
             strict=True,
         )
-        return [x - ((y - 1) * s - 2 * p + d * (k - 1) + 1) for x, y, k, s, p, d in sizes]
+        extra = [x - ((y - 1) * s - 2 * p + d * (k - 1) + 1) for x, y, k, s, p, d in sizes]
+        allowed = all(e < max(s, d) for e, s, d in zip(extra, self.stride, self.dilation, strict=True))
+        return extra if allowed else None
 
     def _backward(
         self, grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]
@@ -119,6 +123,7 @@ class Layer:
         return found
 
 
+@lru_cache(maxsize=4096)  # a model calls the same layers again at every step
 def conv_layer(
     x_shape: torch.Size,
     weight_shape: torch.Size,
@@ -133,11 +138,14 @@ def conv_layer(
         "conv",
         torch.Size(x_shape),
         torch.Size(weight_shape),
-        *(_per_axis(v, axes) for v in (stride, padding, dilation)),
+        _per_axis(stride, axes),
+        _per_axis(padding, axes),
+        _per_axis(dilation, axes),
         groups,
     )
 
 
+@lru_cache(maxsize=4096)
 def linear_layer(x_shape: torch.Size, weight_shape: torch.Size) -> Layer:
     """A linear layer on the last axis."""
     return Layer("linear", torch.Size(x_shape), torch.Size(weight_shape))

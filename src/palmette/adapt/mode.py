@@ -17,8 +17,9 @@ from torch.overrides import TorchFunctionMode
 
 from palmette.adapt import functions
 from palmette.adapt.codec import Codec, Keep, Payload, State
-from palmette.adapt.functions import LayerCall, Norm
+from palmette.adapt.functions import Norm
 from palmette.adapt.layer import Layer
+from palmette.adapt.layer_function import LayerCall, layer_call
 from palmette.adapt.operations import Operation, is_move, parse
 from palmette.adapt.plan import MemoryPlan
 from palmette.errors import PlanError
@@ -26,15 +27,6 @@ from palmette.meter.calls import opened
 from palmette.meter.training import labelled
 
 Compute = Callable[[Tensor], Tensor]
-
-
-@dataclass
-class Engine:
-    """What an adapted model carries: its plan, what codecs remember, and the trained parts of frozen weights."""
-
-    plan: MemoryPlan
-    states: dict[str, State] = field(default_factory=dict)
-    tuned: dict[str, nn.Parameter] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -67,30 +59,78 @@ class Rebuilt(Codec):
         return x if self.dtype is None else x.to(self.dtype)
 
 
+class Names:
+    """The parameters and buffers of a model by name, and their names; read again when a tensor is not known."""
+
+    def __init__(self) -> None:
+        self._homes: dict[str, tuple[dict[str, Tensor | None], str]] = {}
+        self._names: dict[int, str] = {}
+        self._held: list[Tensor] = []  # alive, so that no other tensor takes one of their numbers
+        self._model: Any = None
+
+    def of(self, model: nn.Module) -> Names:
+        """For this model."""
+        if self._model is None or self._model() is not model:
+            self._model = weakref.ref(model)
+            self._read()
+        return self
+
+    def name(self, tensor: Tensor) -> str | None:
+        """The name of a parameter or buffer; None for another tensor."""
+        found = self._names.get(id(tensor))
+        if found is None and isinstance(tensor, nn.Parameter):
+            self._read()  # the model was given another parameter
+            found = self._names.get(id(tensor))
+        return found
+
+    def tensor(self, name: str | None) -> Tensor | None:
+        """The parameter or buffer of that name, as it is now."""
+        if name is None:
+            return None
+        home, attribute = self._homes[name]
+        return home[attribute]
+
+    def all(self) -> list[Tensor]:
+        """Every parameter and buffer, once."""
+        return list(self._held)
+
+    def _read(self) -> None:
+        self._homes, self._names, self._held = {}, {}, []
+        for path, module in self._model().named_modules():
+            for home in (module._parameters, module._buffers):
+                for attribute, tensor in home.items():
+                    if tensor is not None and id(tensor) not in self._names:
+                        name = f"{path}.{attribute}" if path else attribute
+                        self._names[id(tensor)] = name
+                        self._homes[name] = (home, attribute)
+                        self._held.append(tensor)
+
+    def __deepcopy__(self, memo: Any) -> Names:
+        return Names()
+
+
 class Namer:
     """Names calls in the order in which a forward pass makes them."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=True))
-        self.tensors |= dict(model.named_buffers(remove_duplicate=True))
-        self._names = {id(tensor): name for name, tensor in self.tensors.items()}
+    def __init__(self, model: nn.Module, names: Names | None = None) -> None:
+        self.names = (names or Names()).of(model)
         self._uses: dict[str, int] = {}
         self._last = "input"
 
     def name(self, tensor: Tensor | None) -> str | None:
         """The name of a parameter or buffer; None for another tensor."""
-        return None if tensor is None else self._names.get(id(tensor))
+        return None if tensor is None else self.names.name(tensor)
 
     def layer(self, weight: Tensor) -> str:
         """The name of a layer's next call."""
-        name = self._names.get(id(weight))
+        name = self.names.name(weight)
         path = f"{self._last}.computed" if name is None else name.removesuffix(".weight")
         self._last = self._numbered(path)
         return self._last
 
     def norm(self, weight: Tensor) -> str:
         """The name of a norm's next call."""
-        return self._numbered(self._names.get(id(weight), f"{self._last}.norm").removesuffix(".weight"))
+        return self._numbered((self.names.name(weight) or f"{self._last}.norm").removesuffix(".weight"))
 
     def other(self, operation: str) -> str:
         """The name of the next call of an operation without parameters."""
@@ -102,20 +142,30 @@ class Namer:
         return f"{name}#{count}" if count else name
 
 
+@dataclass
+class Engine:
+    """What an adapted model carries: its plan, what codecs remember, and the trained parts of frozen weights."""
+
+    plan: MemoryPlan
+    states: dict[str, State] = field(default_factory=dict)
+    tuned: dict[str, nn.Parameter] = field(default_factory=dict)
+    names: Names = field(default_factory=Names)
+
+
 class AdaptMode(TorchFunctionMode):
     """One forward pass of an adapted model."""
 
     def __init__(self, model: nn.Module, engine: Engine) -> None:
         super().__init__()
         self.engine, self.plan = engine, engine.plan
-        self.namer = Namer(model)
+        self.namer = Namer(model, engine.names)
         self.payloads: dict[tuple[int, int, Codec], tuple[Any, Payload]] = {}
         self.recipes: dict[int, tuple[Any, Recipe]] = {}
         self.folded: dict[int, tuple[Any, Tensor]] = {}  # output of a folded layer -> the norm's mean
         # a recomputation inside a backward pass must not move what codecs remember
         self.advance = torch._C._current_graph_task_id() == -1
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         operation = parse(func, args, kwargs)
         if operation is not None:
@@ -161,7 +211,7 @@ class AdaptMode(TorchFunctionMode):
         x = x if dtype is None else x.to(dtype)
         payload, codec = self._payload(key, codec, operation.x, x) if trains else ((), codec)
         with labelled(f"{operation.name} ({codec.name or 'recompute'})" if trains else operation.name):
-            y = functions.layer_call(LayerCall(layer, codec, norm, dtype), payload, x, weight, bias, gamma, beta, tuned)
+            y = layer_call(LayerCall(layer, codec, norm, dtype), payload, x, weight, bias, gamma, beta, tuned)
         return self._marked(y, norm)
 
     def _codec(self, key: str) -> Codec:
@@ -179,9 +229,11 @@ class AdaptMode(TorchFunctionMode):
         fold = self.plan.folds.get(key)
         if fold is None:
             return None, None, None
-        tensors = self.namer.tensors
-        norm = Norm(tensors[fold.mean], tensors[fold.var], fold.eps)
-        return norm, *(None if name is None else tensors[name] for name in (fold.weight, fold.bias))
+        get = self.namer.names.tensor
+        mean, var = get(fold.mean), get(fold.var)
+        if mean is None or var is None:
+            raise PlanError("A batch norm of the plan has lost its statistics", where=fold.mean, fix="Adapt anew.")
+        return Norm(mean, var, fold.eps), get(fold.weight), get(fold.bias)
 
     def _marked(self, y: Tensor, norm: Norm | None) -> Tensor:
         if norm is not None:
@@ -237,7 +289,8 @@ class AdaptMode(TorchFunctionMode):
             return operation.compute(x)
         if not any(t is not None and t.requires_grad for t in (x, gamma, beta)):
             return operation.compute(x)
-        norm, codec, payload = Norm(operation.mean, operation.var, operation.eps), None, ()
+        norm, codec = Norm(operation.mean, operation.var, operation.eps), None
+        payload: Payload = ()
         if gamma is not None and gamma.requires_grad:
             codec = self._codec(self.namer.norm(gamma))
             payload, codec = self._payload(name, codec, x, x)

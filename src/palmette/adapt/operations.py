@@ -90,10 +90,15 @@ def _conv(
         padding = _named_padding(padding, weight, dilation)
         if padding is None:
             return None
-    layer = conv_layer(input.shape, weight.shape, stride, padding, dilation, groups)
+    steps = (_fixed(v) for v in (stride, padding, dilation))
+    layer = conv_layer(input.shape, weight.shape, *steps, groups)
     return Operation(
         "layer", func.__name__, input, lambda x: layer.forward(x, weight, bias), layer=layer, weight=weight, bias=bias
     )
+
+
+def _fixed(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _named_padding(name: str, weight: Tensor, dilation: Any) -> tuple[int, ...] | None:
@@ -235,7 +240,7 @@ def _max_pool2d(
     ceil_mode: bool = False,
 ) -> Operation | None:
     stride = kernel_size if stride is None or stride == [] else stride
-    window = Window(*(_pair(v) for v in (kernel_size, stride, padding, dilation)), ceil_mode)
+    window = Window(_pair(kernel_size), _pair(stride), _pair(padding), _pair(dilation), ceil_mode)
     if window.bits is None or input.dim() != 4:
         return None
     return Operation(

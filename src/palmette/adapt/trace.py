@@ -37,7 +37,7 @@ class Call:
     key: str
     kind: str
     name: str
-    shape: torch.Size = torch.Size()
+    shape: torch.Size = field(default_factory=torch.Size)
     itemsize: int = 4
     tensor: int = -1
     storage: int = -1
@@ -105,7 +105,7 @@ class _Recorder(TorchFunctionMode):
         super().__init__()
         self.namer = Namer(model)
         self.numbers = _Numbers()
-        self.weights = {t.untyped_storage()._cdata for t in self.namer.tensors.values()}
+        self.weights = {t.untyped_storage()._cdata for t in self.namer.names.all()}
         self.calls: list[Call] = []
         self.current = Call("", "other", "")
         self.norms: dict[int, Operation] = {}
@@ -114,7 +114,7 @@ class _Recorder(TorchFunctionMode):
         self.recipes: dict[int, int] = {}  # number of a tensor -> storage of its source
         self.watching = True
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         operation = parse(func, args, kwargs) if self.watching else None
         composite = opened(func) if operation is None else None
@@ -294,4 +294,3 @@ def _kept_by_layer(entry: Call, codecs: dict[str, Any]) -> dict[Any, int]:
     if not codec.fresh:
         return entry.made
     return entry.made | {(entry.tensor, codec): codec.nbytes(entry.shape, entry.itemsize)}
-

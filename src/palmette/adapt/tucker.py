@@ -154,8 +154,8 @@ def hosvd(x: Tensor, ranks: Sequence[int], *, sequential: bool = True, dtype: to
     sequential: each mode sees the tensor that the modes before it have shrunk, the cheapest mode first, the batch
     last; otherwise every factor comes from the whole tensor, as published. Modes whose two sides both exceed 1024 are
     searched by randomised subspace iteration. dtype: of what is returned; None for that computed in, never a half.
-    InputError for ranks that do not fit, TrainingError where x is not finite. Source: AMC; truncation in sequence:
-    Vannieuwenhoven et al., 2012.
+    InputError for ranks that do not fit, TrainingError where x is not finite (or NaN in the form: LAPACK does not
+    always notice). Source: AMC; truncation in sequence: Vannieuwenhoven et al., 2012.
     """
     with exact_arithmetic(x.device):
         x, kept = _checked(x, ranks)
@@ -181,7 +181,7 @@ def svd_hosvd(x: Tensor, ranks: Sequence[int]) -> Tucker:
                     left = torch.linalg.svd(_unfold(whole, mode), full_matrices=False)[0]
                 except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
                     raise _not_finite() from error
-                factor = left[:, :rank].contiguous() if rank <= left.shape[1] else _orthonormal(left, rank)
+                factor = left[:, :rank].clone() if rank <= left.shape[1] else _orthonormal(left, rank)
                 core = mode_product(core, factor.T, mode)
                 factors[mode] = factor
         return _stored(core, factors, None)
@@ -233,7 +233,11 @@ def svd(x: Tensor, rank: int, *, dtype: torch.dtype | None = None) -> tuple[Tens
     with exact_arithmetic(x.device):
         x = _checked(x, None)[0].reshape(x.shape[0], -1)
         kept = min(clamp_ranks((x.shape[0],), (rank,))[0], x.shape[1])
-        directions = _leading(x, 0, kept, torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        if x.shape[1] < x.shape[0]:
+            right = _leading(x, 1, kept, generator).T
+            return (x @ right.T).to(dtype or x.dtype), right.to(dtype or x.dtype)
+        directions = _leading(x, 0, kept, generator)
         scaled = directions.T @ x
         sizes = torch.linalg.vector_norm(scaled, dim=1)
         right = scaled / sizes.clamp_min(torch.finfo(x.dtype).tiny)[:, None]
@@ -317,7 +321,7 @@ def _orthonormal(columns: Tensor, rank: int) -> Tensor:
     if missing > 0:
         columns = F.pad(columns, (0, missing))  # a reflector of a zero column is the identity: Q stays orthonormal
     basis: Tensor = torch.linalg.qr(columns)[0]
-    return basis[:, :rank].contiguous()
+    return basis.contiguous()
 
 
 def _top(gram: Tensor, rank: int) -> Tensor:

@@ -113,7 +113,7 @@ class Calls(TorchFunctionMode):
             return ", ".join(part for part in (str(found), "forward") if part)
         if found.operation:
             return f"{found}, recomputed in backward"
-        node = torch._C._current_autograd_node()
+        node: Any = torch._C._current_autograd_node()
         if node is None:
             return "backward"
         number = node._sequence_nr()
@@ -160,7 +160,7 @@ class Calls(TorchFunctionMode):
 
     def _mark(self) -> None:
         if not self._in_backward:
-            self._numbers.append(torch.autograd._get_sequence_nr())
+            self._numbers.append(torch._C._autograd._get_sequence_nr())
             self._callers.append(self.current())
 
 

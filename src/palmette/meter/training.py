@@ -143,7 +143,7 @@ def measure_training(
     """
     modules = _modules(model, loss)
     weights = {address for module in modules.values() for tensor in _own(module) for address in _storages(tensor)}
-    with _left_as_found(modules.values()), torch.inference_mode(mode=False), torch.enable_grad():
+    with left_as_found(modules.values()), torch.inference_mode(mode=False), torch.enable_grad():
         x, y = (map_tensors(lambda t: t.detach().requires_grad_(t.requires_grad), given) for given in (x, y))
         with recording(modules.items()) as calls, _Live(weights, calls) as live, _device_peak(model, x) as device:
             held = _Held(weights, calls)
@@ -214,14 +214,16 @@ def _default_loss(output: Any, y: Any) -> Tensor:
 
 
 @contextmanager
-def _left_as_found(modules: Iterable[nn.Module]) -> Iterator[None]:
+def left_as_found(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Take the gradients away for the block; after it, put back gradients, buffers and the global generators."""
     modules = list(modules)
     with unset_fake_temporarily():
         generators = global_state()
     tables = [(m._buffers, dict(m._buffers), m._non_persistent_buffers_set) for m in modules]
     passing = [(names, set(names)) for _, _, names in tables]
-    values = {b: b.detach().clone() for _, buffers, _ in tables for b in buffers.values() if b is not None}
+    found = {b for _, buffers, _ in tables for b in buffers.values() if b is not None}
+    # an expanded tensor cannot be written into, by the model or here
+    values = {b: b.detach().clone() for b in found if torch._debug_has_internal_overlap(b) != 1}
     grads = {p: p.grad for m in modules for p in m._parameters.values() if p is not None}
     try:
         for parameter in grads:
