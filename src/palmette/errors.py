@@ -52,6 +52,10 @@ class VerifyError(PalmetteError):
     """A network does not compute what was promised."""
 
 
+class BudgetError(PalmetteError):
+    """A budget cannot be met; the message says the smallest one that can, and what binds."""
+
+
 class TrainingError(PalmetteError):
     """Training broke down, for instance by a loss that is not finite."""
 

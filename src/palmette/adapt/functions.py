@@ -182,7 +182,8 @@ class _Dropout(Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         refuse_twice()
         (bits,) = ctx.saved_tensors
-        return (grad * _unpacked(bits, ctx.shape, ctx.last)).mul_(ctx.scale), None, None
+        dx: Tensor = (grad * _unpacked(bits, ctx.shape, ctx.last)).mul_(ctx.scale)
+        return dx, None, None
 
 
 def dropout(x: Tensor, p: float, inplace: bool) -> Tensor:
@@ -213,6 +214,7 @@ class _MaxPool(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, window: Window) -> Tensor:
+        y: Tensor
         y, index = _ATEN.max_pool2d_with_indices(
             x, window.kernel, window.stride, window.padding, window.dilation, window.ceil
         )

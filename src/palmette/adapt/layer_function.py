@@ -51,14 +51,7 @@ class _LayerFunction(Function):
             weight, bias, gamma, *((norm.mean, norm.var) if norm is not None else (None, None)), *payload
         )
         with no_autocast(x.device):
-            scale = None
-            if norm is not None:
-                scale = scale_of(norm, gamma)
-                shift = -norm.mean if bias is None else bias - norm.mean
-                bias = shift * scale if beta is None else shift * scale + beta
-            if call.dtype is not None and bias is not None:
-                bias = bias.to(call.dtype)
-            return call.layer.forward(x, _folded(call, weight, scale), bias)
+            return folded_forward(call.layer, x, weight, bias, norm, gamma, beta, call.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -76,7 +69,7 @@ def _layer_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     scale = inverse if inverse is None or gamma is None else gamma * inverse
     dx = raw = None
     if need_x:
-        dx = call.codec.input_gradient(layer, grad, _folded(call, weight, scale))
+        dx = call.codec.input_gradient(layer, grad, _folded(layer, weight, scale, call.dtype))
     if need_weight or need_gamma or need_tuned:
         raw = call.codec.weight_gradient(tuple(payload), layer, grad)
         raw = raw if raw.dtype == weight.dtype else raw.to(weight.dtype)
@@ -99,6 +92,27 @@ def _layer_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
+def folded_forward(
+    layer: Layer,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: Norm | None = None,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The layer's output with the norm's scale and shift put into weight and bias: one pass over the output."""
+    scale = None
+    if norm is not None:
+        scale = scale_of(norm, gamma)
+        shift = -norm.mean if bias is None else bias - norm.mean
+        bias = shift * scale if beta is None else shift * scale + beta
+    if dtype is not None and bias is not None:
+        bias = bias.to(dtype)
+    return layer.forward(x, _folded(layer, weight, scale, dtype), bias)
+
+
 def _row_products(a: Tensor, b: Tensor) -> Tensor:
     """Inner product of each row of `a` with that of `b`; without a third tensor of their size if they are large."""
     if a.numel() <= _SMALL:
@@ -106,10 +120,10 @@ def _row_products(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a.flatten(1).unsqueeze(1), b.flatten(1).unsqueeze(2)).view(-1)
 
 
-def _folded(call: LayerCall, weight: Tensor, scale: Tensor | None) -> Tensor:
-    """The weight as the forward pass used it."""
-    folded = weight if scale is None else weight * call.layer.per_row(scale)
-    return folded if call.dtype is None else folded.to(call.dtype)
+def _folded(layer: Layer, weight: Tensor, scale: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+    """The weight as the forward pass uses it."""
+    folded = weight if scale is None else weight * layer.per_row(scale)
+    return folded if dtype is None else folded.to(dtype)
 
 
 def layer_call(

@@ -19,7 +19,7 @@ from palmette.adapt import functions
 from palmette.adapt.codec import Codec, Keep, Payload, State
 from palmette.adapt.functions import Norm
 from palmette.adapt.layer import Layer
-from palmette.adapt.layer_function import LayerCall, layer_call
+from palmette.adapt.layer_function import LayerCall, folded_forward, layer_call
 from palmette.adapt.operations import Operation, is_move, parse
 from palmette.adapt.plan import MemoryPlan
 from palmette.errors import PlanError
@@ -150,6 +150,7 @@ class Engine:
     states: dict[str, State] = field(default_factory=dict)
     tuned: dict[str, nn.Parameter] = field(default_factory=dict)
     names: Names = field(default_factory=Names)
+    forward: Any = None  # an override of the model's forward that was there before
 
 
 class AdaptMode(TorchFunctionMode):
@@ -201,7 +202,7 @@ class AdaptMode(TorchFunctionMode):
         tuned = self.engine.tuned.get(key)
         tensors = (x, weight, bias, gamma, beta, tuned)
         if not any(t is not None and t.requires_grad for t in tensors):
-            return self._marked(operation.compute(x) if norm is None else _normed(operation, norm, gamma, beta), norm)
+            return self._marked(_without_gradient(operation, norm, gamma, beta), norm)
         dtype = _autocast_dtype(x)
         trains = any(t is not None and t.requires_grad for t in (weight, gamma, tuned))
         codec = self._codec(key) if trains else Keep()
@@ -336,9 +337,10 @@ _HANDLERS: dict[str, Callable[[AdaptMode, Operation, str], Tensor]] = {
 }
 
 
-def _normed(operation: Operation, norm: Norm, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
-    y = operation.compute(operation.x)
-    return torch.batch_norm(y, gamma, beta, norm.mean, norm.var, False, 0.0, norm.eps, True)
+def _without_gradient(operation: Operation, norm: Norm | None, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
+    if norm is None or operation.layer is None or operation.weight is None:
+        return operation.compute(operation.x)
+    return folded_forward(operation.layer, operation.x, operation.weight, operation.bias, norm, gamma, beta)
 
 
 def _torch_does_it(x: Tensor, layer: Layer, codec: Codec, trains: bool) -> bool:

@@ -238,10 +238,11 @@ def _max_pool2d(
     padding: Any = 0,
     dilation: Any = 1,
     ceil_mode: bool = False,
+    return_indices: bool = False,
 ) -> Operation | None:
     stride = kernel_size if stride is None or stride == [] else stride
     window = Window(_pair(kernel_size), _pair(stride), _pair(padding), _pair(dilation), ceil_mode)
-    if window.bits is None or input.dim() != 4:
+    if window.bits is None or input.dim() != 4 or return_indices:
         return None
     return Operation(
         "maxpool",
@@ -318,6 +319,7 @@ _PARSERS: dict[Any, Parser] = {
     torch.rms_norm: _recipe,
     _VF.dropout: _dropout,
     _VF.dropout_: _dropout,
+    F.max_pool2d: _max_pool2d,
     torch.max_pool2d: _max_pool2d,
     _NN.avg_pool2d: _avg_pool2d,
 }

@@ -66,6 +66,18 @@ class Trace:
     folded_calls: frozenset[int]  # norms that are computed with their layer
     folded_weights: dict[str, tuple[str, ...]]  # layer -> parameters of its norm
 
+    def stock_bytes(self) -> int:
+        """What torch's own forms keep for backward: the network without Palmette."""
+        return sum({number: size for entry in self.calls for number, size in entry.stock.items()}.values())
+
+    def uses(self) -> dict[str, tuple[int, int]]:
+        """First and last call that each parameter takes part in."""
+        found: dict[str, tuple[int, int]] = {}
+        for index, entry in enumerate(self.calls):
+            for name in entry.weights:
+                found[name] = (found.get(name, (index, index))[0], index)
+        return found
+
     def layers(self) -> list[Call]:
         """Layers and norms whose parameters want a gradient that needs the input."""
         return [c for i, c in enumerate(self.calls) if c.trains and i not in self.folded_calls]
@@ -123,6 +135,9 @@ class _Recorder(TorchFunctionMode):
                 return composite(*args, **kwargs)
         read = [self.numbers.tensor(tensor) for tensor in _tensors((args, kwargs))]
         noted = self._noted(operation) if operation is not None else Call("", "other", getattr(func, "__name__", ""))
+        noted.weights = noted.weights or tuple(
+            name for t in _tensors((args, kwargs)) if (name := self.namer.name(t)) is not None
+        )
         source = None if operation is not None or not is_move(func) else self._source(args[0])
         before, self.current = self.current, noted
         index = len(self.calls)

@@ -183,7 +183,7 @@ def _own(module: nn.Module) -> list[Tensor]:
 
 def _loss(model: nn.Module, output: Any, y: Any, loss: Callable[[Any, Any], Tensor] | None) -> Tensor:
     """The loss of the output, a scalar that something trainable leads to."""
-    value: Any = _default_loss(output, y) if loss is None else loss(output, y)
+    value: Any = default_loss(output, y) if loss is None else loss(output, y)
     if not isinstance(value, Tensor) or value.numel() != 1:
         found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
         raise InputError(
@@ -199,7 +199,11 @@ def _loss(model: nn.Module, output: Any, y: Any, loss: Callable[[Any, Any], Tens
     return value
 
 
-def _default_loss(output: Any, y: Any) -> Tensor:
+def default_loss(output: Any, y: Any) -> Tensor:
+    """Mean of the output without y; cross entropy for integer targets, mean squared error for floating ones.
+
+    Raises InputError for a target that fits neither.
+    """
     logits = main_output(output)
     if y is None:
         return logits.mean()

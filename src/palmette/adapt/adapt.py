@@ -1,0 +1,119 @@
+"""The verb `adapt`: a budget in bytes in, a model out that trains within it, and the proof of what it keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from palmette.adapt.adaptation import Adaptation
+from palmette.adapt.install import Before, freeze_norms, input_shapes, is_adapted, remove
+from palmette.adapt.mode import Engine
+from palmette.adapt.plan import MemoryPlan
+from palmette.adapt.search import Request, searched
+from palmette.adapt.trace import trace
+from palmette.device import parse_bytes
+from palmette.errors import InputError, PlanError
+from palmette.meter.training import default_loss
+from palmette.registry import MethodConfig, get_method
+
+Scope = Literal["saved", "saved+gradients+optimizer", "peak"]
+SCOPES = ("saved", "saved+gradients+optimizer", "peak")
+
+
+def adapt(
+    model: nn.Module,
+    sample: tuple[Any, Any],
+    loss_fn: Callable[[Any, Any], Tensor] | None = None,
+    budget: str | int | None = None,
+    *,
+    scope: Scope = "saved",
+    method: str = "auto",
+    config: MethodConfig | Mapping[str, Any] | None = None,
+    freeze_bn: bool = True,
+    optimizer_copies: int = 0,
+    plan: MemoryPlan | str | None = None,
+) -> Adaptation:
+    """Make `model` train within `budget` bytes, in place; returns the handle that reports and undoes it.
+
+    sample: (x, y), a batch as large as any that will come. loss_fn(output, y) -> scalar; cross entropy for integer
+    targets and the squared error for others by default. budget: "512KiB", a number of bytes, or None for the exact
+    forms alone. scope: what the budget bounds: "saved" is what autograd keeps for backward,
+    "saved+gradients+optimizer" adds a gradient for each trained parameter and `optimizer_copies` more (1: momentum, 2:
+    Adam), "peak" is the most that is alive at once, weights left out. method: "auto", "lossless", or one of `palmette
+    methods`; config: its options. freeze_bn: batch norms use their running statistics, also after `train()`.
+    plan: one made before (a MemoryPlan or its JSON), instead of planning.
+
+    Raises BudgetError when the budget cannot be met (names the smallest that can, and what binds), InputError for bad
+    arguments and a model already adapted, PlanError for a plan of another model.
+    """
+    request = _request(model, sample, loss_fn, budget, scope, method, config, optimizer_copies)
+    before = Before()
+    with ExitStack() as undo:
+        undo.callback(lambda: remove(model, before))
+        if freeze_bn:
+            freeze_norms(model, before)
+        vanilla = trace(model, request.x, request.y, request.loss)
+        made = searched(model, request) if plan is None else _given(plan, request, model)
+        adaptation = Adaptation(model, request, made, Engine(made), before, vanilla_saved=vanilla.stock_bytes())
+        adaptation.start()
+        undo.pop_all()
+    return adaptation
+
+
+def _given(plan: MemoryPlan | str, request: Request, model: nn.Module) -> MemoryPlan:
+    """A plan made before, if it fits this model."""
+    made = MemoryPlan.from_json(plan) if isinstance(plan, str) else plan
+    names = {name for name, _ in model.named_parameters()}
+    strange = sorted(set(made.frozen) - names)
+    if strange:
+        raise PlanError("The plan is of another model", why=f"it has no parameter {strange[0]!r}", fix="Plan anew.")
+    shapes = input_shapes(request.x)
+    pairs = [pair for s, p in zip(shapes, made.inputs, strict=False) for pair in zip(s, p, strict=False)]
+    if any(size > planned for size, planned in pairs):
+        raise PlanError("The sample is larger than the plan's", why=f"{shapes} against {made.inputs}", fix="Plan anew.")
+    return made
+
+
+def _request(
+    model: nn.Module,
+    sample: Any,
+    loss_fn: Callable[[Any, Any], Tensor] | None,
+    budget: str | int | None,
+    scope: str,
+    method: str,
+    config: MethodConfig | Mapping[str, Any] | None,
+    copies: int,
+) -> Request:
+    if is_adapted(model):
+        raise InputError("The model is adapted already", fix="Call undo() on its adaptation first.")
+    if not isinstance(sample, tuple | list) or len(sample) != 2:
+        raise InputError("The sample is not a pair", fix="Pass sample=(x, y), a batch as the training loop has it.")
+    if scope not in SCOPES:
+        raise InputError(f"There is no scope {scope!r}", fix=f"Choose one of {', '.join(SCOPES)}.")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise InputError("There is nothing to train: all parameters are frozen", fix="Set requires_grad on some.")
+    entry = None if method in ("auto", "lossless") else get_method(method)
+    if entry is not None and entry.wing != "adapt" and entry.sites not in ("input", "channel"):
+        raise InputError(f"{method!r} is no method of adapt", fix="`palmette methods` lists them by verb.")
+    options: MethodConfig | None = None
+    if isinstance(config, MethodConfig):
+        options = config
+    elif entry is not None:
+        options = entry.make_config(**dict(config or {}))
+    elif config:
+        raise InputError(f"method {method!r} takes no options", fix="Leave config out.")
+    x, y = sample
+    return Request(
+        x=x,
+        y=y,
+        loss=loss_fn or default_loss,
+        budget=None if budget is None else parse_bytes(budget),
+        scope=scope,
+        method=method,
+        entry=entry,
+        config=options,
+        copies=0 if scope == "saved" else 1 + copies,
+    )
