@@ -9,6 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from palmette.adapt.adapt import adapt
+    from palmette.adapt.adaptation import Adaptation
+    from palmette.adapt.plan import MemoryPlan
     from palmette.deploy import export, export_onnx, export_program, load_program
     from palmette.deploy.huggingface import save_pretrained
     from palmette.deploy.quantize import quantize_int8
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
     from palmette.graph.observe import observe
     from palmette.graph.verify import verify
     from palmette.meter import Cost, CostTable, measure, measure_latency
+    from palmette.meter.training import TrainingMemory, measure_training
     from palmette.registry import Bounds, MethodConfig, check_method, get_method, method, methods
     from palmette.report.render import render
     from palmette.train.evaluate import evaluate
@@ -44,6 +48,9 @@ if TYPE_CHECKING:
     from palmette.trials import run_trials
 
 _HOMES = {
+    "palmette.adapt.adapt": ("adapt",),
+    "palmette.adapt.adaptation": ("Adaptation",),
+    "palmette.adapt.plan": ("MemoryPlan",),
     "palmette.deploy": ("export", "export_onnx", "export_program", "load_program"),
     "palmette.deploy.huggingface": ("save_pretrained",),
     "palmette.deploy.quantize": ("quantize_int8",),
@@ -71,6 +78,7 @@ _HOMES = {
         "verify",
     ),
     "palmette.meter": ("Cost", "CostTable", "measure", "measure_latency"),
+    "palmette.meter.training": ("TrainingMemory", "measure_training"),
     "palmette.registry": ("Bounds", "MethodConfig", "check_method", "get_method", "method", "methods"),
     "palmette.report": ("render",),
     "palmette.train.evaluate": ("evaluate",),
@@ -81,17 +89,21 @@ _HOMES = {
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Adaptation",
     "Bounds",
     "Cost",
     "CostTable",
     "CurveResult",
     "DeviceProfile",
     "HealConfig",
+    "MemoryPlan",
     "MethodConfig",
     "PalmetteError",
     "Plan",
     "ShrinkResult",
     "Site",
+    "TrainingMemory",
+    "adapt",
     "candidates",
     "capture",
     "check_method",
@@ -114,6 +126,7 @@ __all__ = [
     "max_sliced_wasserstein",
     "measure",
     "measure_latency",
+    "measure_training",
     "method",
     "methods",
     "observe",
