@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
@@ -13,7 +13,9 @@ from palmette.adapt.install import Before, freeze_norms, input_shapes, is_adapte
 from palmette.adapt.mode import Engine
 from palmette.adapt.plan import MemoryPlan
 from palmette.adapt.search import Request, searched
+from palmette.adapt.selection import Selector
 from palmette.adapt.trace import trace
+from palmette.adapt.tuning import Tuning
 from palmette.device import parse_bytes
 from palmette.errors import InputError, PlanError
 from palmette.meter.training import default_loss
@@ -56,8 +58,17 @@ def adapt(
         if freeze_bn:
             freeze_norms(model, before)
         vanilla = trace(model, request.x, request.y, request.loss)
-        made = searched(model, request) if plan is None else _given(plan, request, model)
-        adaptation = Adaptation(model, request, made, Engine(made), before, vanilla_saved=vanilla.stock_bytes())
+        tuning = None
+        if plan is not None:
+            made = _given(plan, request, model)
+        elif request.entry is not None and request.entry.sites == "channel":
+            tuning, made = Tuning.open(model, request, cast(Selector, request.entry.score(request.config)))
+        else:
+            made = searched(model, request)
+        engine = Engine(made, waits_for_optimizer=tuning is not None)
+        adaptation = Adaptation(
+            model, request, made, engine, before, vanilla_saved=vanilla.stock_bytes(), tuning=tuning
+        )
         adaptation.start()
         undo.pop_all()
     return adaptation

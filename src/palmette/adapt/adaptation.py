@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 from palmette.adapt.install import Before, freeze, install, remove
 from palmette.adapt.mode import Engine
 from palmette.adapt.plan import MemoryPlan
 from palmette.adapt.search import Request
+from palmette.adapt.tuning import Tuning, check_optimizer
 from palmette.device import format_bytes
 from palmette.errors import BudgetError, InputError
 from palmette.files import write_atomic
@@ -29,12 +31,15 @@ class Adaptation:
     engine: Engine
     before: Before
     vanilla_saved: int
+    tuning: Tuning | None = None
     measured: TrainingMemory | None = None
     active: bool = False
 
     def start(self) -> None:
         """Put the plan onto the model and hold one step against the meter; BudgetError if it keeps more."""
         freeze(self.model, self.plan.frozen, self.before)
+        if self.tuning is not None:
+            self.tuning.begin(self.engine)
         install(self.model, self.engine, self.before)
         self.active = True
         self.measured = self.measure()
@@ -47,7 +52,38 @@ class Adaptation:
 
     def measure(self) -> TrainingMemory:
         """One training step on the sample, measured; leaves weights, gradients and random states as they were."""
-        return measure_training(self.model, self.request.x, self.request.y, self.request.loss)
+        found = measure_training(self.model, self.request.x, self.request.y, self.request.loss)
+        parts = [tuned for tuned in self.engine.tuned.values() if tuned.grad is not None]
+        extra = sum(tuned.numel() * tuned.element_size() for tuned in parts)
+        for tuned in parts:
+            tuned.grad = None
+        return replace(found, gradient_bytes=found.gradient_bytes + extra)
+
+    # ---- training ----------------------------------------------------------------------------------------------------
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained: for an optimizer of your own, for clipping."""
+        return [*self.engine.tuned.values(), *(p for p in self.model.parameters() if p.requires_grad)]
+
+    def optimizer(self, kind: type[Optimizer], **options: Any) -> Optimizer:
+        """An optimizer of this class over what is trained; with a selection method it follows the chosen channels.
+
+        Raises InputError for what is no optimizer class.
+        """
+        check_optimizer(kind)
+        made: Optimizer = kind(self.parameters(), **options)
+        if self.tuning is not None:
+            self.tuning.attach(made, self.engine)
+            self.engine.waits_for_optimizer = False
+        return made
+
+    def next_epoch(self) -> None:
+        """To be called after each epoch: a selection method chooses its channels anew, within the same budget."""
+        if self.tuning is not None:
+            self.tuning.next_epoch(self.engine, self.before)
+            self.plan = self.engine.plan
+
+    # ---- figures -----------------------------------------------------------------------------------------------------
 
     def report(self) -> str:
         """What is kept for backward and alive at the peak: vanilla, predicted and measured; how, and by whom."""
@@ -75,6 +111,9 @@ class Adaptation:
         for codec in self.plan.codecs.values():
             counts[codec.name] = counts.get(codec.name, 0) + 1
         rows = [("layers", ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "none")]
+        if self.plan.slices:
+            count = sum(tuned.numel() for tuned in self.engine.tuned.values())
+            rows.append(("trained slices", f"{count:,} numbers in {len(self.plan.slices)} layers"))
         if self.plan.frozen:
             rows.append(("frozen by the plan", f"{len(self.plan.frozen)} parameters"))
         worst = max(self.plan.errors.items(), key=lambda pair: pair[1], default=None)
@@ -87,6 +126,8 @@ class Adaptation:
         if not self.active:
             raise InputError("The adaptation is undone already", fix="Call adapt() again.")
         self.active = False
+        if self.tuning is not None:
+            self.tuning.sync(self.engine)
         remove(self.model, self.before)
 
     def save(self, path: str | Path) -> None:

@@ -29,6 +29,7 @@ class Codec(MethodConfig):
     name: ClassVar[str] = ""
     lossless: ClassVar[bool] = False
     fresh: ClassVar[bool] = True  # its payload is memory of its own, not the input's
+    keeps_input: ClassVar[bool] = False  # its payload is the input's own memory
 
     def nbytes(self, shape: Sequence[int], itemsize: int) -> int:
         """Exact bytes of the payload for an input of `shape` with `itemsize` bytes per number; known before running."""
@@ -66,6 +67,7 @@ class Keep(Codec):
     name: ClassVar[str] = "keep"
     lossless: ClassVar[bool] = True
     fresh: ClassVar[bool] = False
+    keeps_input: ClassVar[bool] = True
 
     def nbytes(self, shape: Sequence[int], itemsize: int) -> int:
         """All of it, if nobody else keeps it."""

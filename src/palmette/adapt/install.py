@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import types
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +17,7 @@ from palmette.adapt.mode import AdaptMode, Engine
 from palmette.adapt.plan import MemoryPlan
 from palmette.errors import InputError
 from palmette.graph.inputs import tensors
+from palmette.meter.training import is_measuring
 
 _ENGINE = "_palmette_engine"
 
@@ -63,6 +67,27 @@ def freeze(model: nn.Module, names: tuple[str, ...], before: Before) -> None:
             before.trainable += (name,)
 
 
+def unfreeze(model: nn.Module, before: Before) -> None:
+    """Put back into training what `freeze` took out."""
+    parameters = dict(model.named_parameters())
+    for name in before.trainable:
+        parameters[name].requires_grad_(True)
+    before.trainable = ()
+
+
+@contextmanager
+def without(model: nn.Module, engine: Engine, before: Before) -> Iterator[None]:
+    """In this block, the model runs as if it were not adapted."""
+    model.__dict__.pop(_ENGINE, None)
+    model.__dict__.pop("forward", None)
+    if before.forward is not None:
+        model.__dict__["forward"] = before.forward
+    try:
+        yield
+    finally:
+        install(model, engine, before)
+
+
 def install(model: nn.Module, engine: Engine, before: Before) -> None:
     """Run the model's forward passes under the plan from now on."""
     before.forward = model.__dict__.get("forward")
@@ -77,12 +102,11 @@ def remove(model: nn.Module, before: Before) -> None:
     model.__dict__.pop("forward", None)
     if before.forward is not None:
         model.__dict__["forward"] = before.forward
-    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    modules = dict(model.named_modules())
     for path, training in before.training.items():
         modules[path].__dict__.pop("train", None)
         modules[path].training = training
-    for name in before.trainable:
-        parameters[name].requires_grad_(True)
+    unfreeze(model, before)
 
 
 def _adapted_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -91,8 +115,21 @@ def _adapted_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return inner(*args, **kwargs)
     _check_size(engine.plan, args, kwargs)
+    if engine.waits_for_optimizer and not is_measuring():
+        _warn_without_optimizer(engine)
     with AdaptMode(self, engine):
         return inner(*args, **kwargs)
+
+
+def _warn_without_optimizer(engine: Engine) -> None:
+    """Say it once, when a second step begins and nothing could have been learned from the first."""
+    engine.steps += 1
+    if engine.steps == 2:
+        warnings.warn(
+            f"method {engine.plan.method!r} trains parts of weights, and no optimizer has them: "
+            "use adaptation.optimizer(...), and adaptation.next_epoch() after each epoch",
+            stacklevel=4,
+        )
 
 
 def _check_size(plan: MemoryPlan, args: Any, kwargs: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,12 +21,14 @@ class LayerCall:
     """What one call of a layer needs beside its differentiable inputs.
 
     norm: the batch norm that follows and is computed with the layer. dtype: the type to compute in (autocast), or None.
+    rows: the outputs whose weights are trained, or None for all.
     """
 
     layer: Layer
     codec: Codec
     norm: Norm | None = None
     dtype: torch.dtype | None = None
+    rows: tuple[int, ...] | None = None
 
 
 class _LayerFunction(Function):
@@ -45,7 +47,7 @@ class _LayerFunction(Function):
         tuned: Tensor | None,  # noqa: ARG004  # its values are in the weight; it is here for its gradient
     ) -> Tensor:
         norm = call.norm
-        ctx.call = call if norm is None else LayerCall(call.layer, call.codec, None, call.dtype)
+        ctx.call = call if norm is None else replace(call, norm=None)
         ctx.eps = None if norm is None else norm.eps
         ctx.save_for_backward(
             weight, bias, gamma, *((norm.mean, norm.var) if norm is not None else (None, None)), *payload
@@ -81,7 +83,7 @@ def _layer_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         shift = -mean if bias is None else bias - mean
         dgamma = (_row_products(raw, weight) + shift * total) * inverse
     if raw is not None and scale is not None:
-        raw.mul_(layer.per_row(scale))
+        raw.mul_(layer.per_row(scale if call.rows is None else scale[list(call.rows)]))
     return (
         dx,
         raw if need_weight else None,

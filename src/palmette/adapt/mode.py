@@ -150,6 +150,8 @@ class Engine:
     states: dict[str, State] = field(default_factory=dict)
     tuned: dict[str, nn.Parameter] = field(default_factory=dict)
     names: Names = field(default_factory=Names)
+    waits_for_optimizer: bool = False  # trained parts exist, and no optimizer of theirs yet
+    steps: int = 0
     forward: Any = None  # an override of the model's forward that was there before
 
 
@@ -211,8 +213,10 @@ class AdaptMode(TorchFunctionMode):
                 return operation.compute(x)
         x = x if dtype is None else x.to(dtype)
         payload, codec = self._payload(key, codec, operation.x, x) if trains else ((), codec)
+        part = self.plan.slices.get(key) if tuned is not None else None
+        rows = part.index if part is not None and part.axis == 0 else None
         with labelled(f"{operation.name} ({codec.name or 'recompute'})" if trains else operation.name):
-            y = layer_call(LayerCall(layer, codec, norm, dtype), payload, x, weight, bias, gamma, beta, tuned)
+            y = layer_call(LayerCall(layer, codec, norm, dtype, rows), payload, x, weight, bias, gamma, beta, tuned)
         return self._marked(y, norm)
 
     def _codec(self, key: str) -> Codec:
@@ -345,7 +349,7 @@ def _without_gradient(operation: Operation, norm: Norm | None, gamma: Tensor | N
 
 def _torch_does_it(x: Tensor, layer: Layer, codec: Codec, trains: bool) -> bool:
     """Whether torch's own function keeps no more: the input itself (not a copy in order), or nothing but the weight."""
-    return codec.name == "keep" and x.is_contiguous() if trains else layer.kind == "linear"
+    return codec == Keep() and x.is_contiguous() if trains else layer.kind == "linear"
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -92,7 +92,7 @@ def _can_recompute(entry: Call, kept: set[int]) -> bool:
 
 def stock_of(found: Trace, codecs: Mapping[str, Codec]) -> tuple[str, ...]:
     """Activations whose output a layer keeps anyway: torch's own form, which shares it, then needs no mask."""
-    kept = {entry.storage for entry in found.layers() if codecs[entry.key].name == "keep"} | always_kept(found)
+    kept = {entry.storage for entry in found.layers() if codecs[entry.key].keeps_input} | always_kept(found)
     return tuple(e.key for e in found.calls if e.kind == "masked" and e.name == "relu" and e.out_storage in kept)
 
 

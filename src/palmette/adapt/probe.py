@@ -6,7 +6,7 @@ others keep their inputs: each layer can be probed with the rest keeping nothing
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -40,7 +40,10 @@ class _Nothing(Codec):
     name: ClassVar[str] = ""
 
     def encode(self, x: Tensor, state: State) -> Payload:  # noqa: ARG002
-        return ()
+        return (x.new_zeros(()),)
+
+    def decode(self, payload: Payload, layer: Layer) -> Tensor:
+        return payload[0].expand(layer.x_shape)  # a norm asks for it
 
     def weight_gradient(self, payload: Payload, layer: Layer, grad: Tensor) -> Tensor:  # noqa: ARG002
         return grad.new_zeros(layer.weight_shape)  # autograd asks for it, and drops it
@@ -99,6 +102,59 @@ def probe(
     return results
 
 
+def channel_norms(
+    model: nn.Module,
+    found: Trace,
+    x: Any,
+    y: Any,
+    loss: Callable[[Any, Any], Tensor],
+    keys: set[str],
+    axis: str,
+    *,
+    limit: int,
+) -> dict[str, Tensor]:
+    """The norm of the weight gradient of each channel, for these layers; axis: "inputs" or "outputs"."""
+    results: dict[str, Tensor] = {}
+    layers = [entry for entry in found.layers() if entry.key in keys and entry.layer is not None]
+    with progress("gradient norms", len(layers)) as report:
+        for group in _groups(layers, limit):
+            probes = {entry.key: _Norms(axis=axis) for entry in group}
+            _run_probes(model, found, probes, x, y, loss)
+            for key, entry in probes.items():
+                if entry.found:
+                    results[key] = entry.found[0](_row_scale(model, found.folds.get(key)))
+            report(len(results), group[-1].key)
+    return results
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Norms(Codec):
+    """Keeps all, and measures the gradient of each channel."""
+
+    name: ClassVar[str] = ""
+    axis: str = "inputs"
+    found: list[Any] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Nothing to check: no user makes one."""
+
+    def encode(self, x: Tensor, state: State) -> Payload:  # noqa: ARG002
+        return (x,)
+
+    def weight_gradient(self, payload: Payload, layer: Layer, grad: Tensor) -> Tensor:
+        true = layer.weight_gradient(payload[0], grad)
+        squares = true.flatten(2).square().sum(2) if true.dim() > 2 else true.square()  # [outputs, inputs per group]
+
+        def norms(scale: Tensor | None) -> Tensor:
+            rows = squares if scale is None else squares * scale.square()[:, None]
+            if self.axis == "outputs":
+                return rows.sum(1).sqrt()
+            return rows.view(layer.groups, -1, rows.shape[1]).sum(1).flatten().sqrt()
+
+        self.found.append(norms)
+        return true
+
+
 def _groups(layers: Iterable[Call], limit: int) -> list[list[Call]]:
     groups: list[list[Call]] = []
     room = -1
@@ -121,14 +177,26 @@ def _probe_group(
     options: Options,
 ) -> dict[str, Findings]:
     probes = {key: _Probe(options=options) for key in sorted(keys)}
+    _run_probes(model, found, probes, x, y, loss)
+    return {key: _findings(entry.found, _row_scale(model, found.folds.get(key))) for key, entry in probes.items()}
+
+
+def _run_probes(
+    model: nn.Module,
+    found: Trace,
+    probes: Mapping[str, Codec],
+    x: Any,
+    y: Any,
+    loss: Callable[[Any, Any], Tensor],
+) -> None:
+    """One forward and backward pass in which just the probed layers keep something."""
     codecs = {entry.key: probes.get(entry.key, _Nothing()) for entry in found.layers()}
     plan = MemoryPlan(method="probe", scope="saved", budget=None, inputs=(), codecs=codecs, folds=found.folds)
-    weights = _weights(model, found, keys)
+    weights = _weights(model, found, set(probes))
     with left_as_found(model.modules()), torch.enable_grad():
         with AdaptMode(model, Engine(plan)):
             output = call(model, x)
         torch.autograd.grad(loss(output, y), weights, allow_unused=True)
-    return {key: _findings(entry.found, _row_scale(model, found.folds.get(key))) for key, entry in probes.items()}
 
 
 def _weights(model: nn.Module, found: Trace, keys: set[str]) -> list[nn.Parameter]:

@@ -23,6 +23,7 @@ from palmette.adapt.operations import Operation, is_move, parse
 from palmette.adapt.plan import Fold
 from palmette.graph.inputs import call
 from palmette.meter.calls import opened
+from palmette.meter.training import left_as_found
 
 
 @dataclass
@@ -77,6 +78,10 @@ class Trace:
             for name in entry.weights:
                 found[name] = (found.get(name, (index, index))[0], index)
         return found
+
+    def times_used(self, name: str) -> int:
+        """How many calls a parameter takes part in."""
+        return sum(name in entry.weights for entry in self.calls)
 
     def layers(self) -> list[Call]:
         """Layers and norms whose parameters want a gradient that needs the input."""
@@ -232,7 +237,8 @@ def _tensors(values: Any) -> Iterable[Tensor]:
 def trace(model: nn.Module, x: Any, y: Any = None, loss: Callable[[Any, Any], Tensor] | None = None) -> Trace:
     """The calls of one forward pass of `model` on `x`, and of the loss. The model is not changed."""
     recorder = _Recorder(model)
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(recorder.pack, lambda number: number), recorder:
+    numbered = torch.autograd.graph.saved_tensors_hooks(recorder.pack, lambda number: number)
+    with left_as_found(model.modules()), torch.enable_grad(), numbered, recorder:
         output = call(model, x)
         for tensor in _tensors(output):
             recorder.reads[recorder.numbers.tensor(tensor)] += 1
@@ -304,7 +310,7 @@ def _kept_by_layer(entry: Call, codecs: dict[str, Any]) -> dict[Any, int]:
     if not entry.trains:
         return entry.made
     codec = codecs[entry.key]
-    if codec.name == "keep":
+    if codec.keeps_input:
         return entry.made | ({entry.storage: entry.storage_bytes} if entry.storage_bytes else {})
     if not codec.fresh:
         return entry.made

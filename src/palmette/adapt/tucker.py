@@ -329,7 +329,10 @@ def _top(gram: Tensor, rank: int) -> Tensor:
     try:
         vectors: Tensor = torch.linalg.eigh(gram)[1]
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-        raise _not_finite() from error
+        if not torch.isfinite(gram).all():
+            raise _not_finite() from error
+        # LAPACK gives up on some matrices of low rank in float32
+        vectors = torch.linalg.eigh(gram.to(_finest(gram.device)) / gram.abs().max())[1].to(gram.dtype)
     return vectors[:, -rank:].flip(1)
 
 
