@@ -73,7 +73,8 @@ def check_config(config: Any) -> None:
 
     Raises InputError naming the field, the value and what is allowed.
     """
-    hints = get_type_hints(type(config), include_extras=True)
+    kind: type = type(config)
+    hints = _hints(kind)
     for field in dataclasses.fields(config):
         problem = _problem(getattr(config, field.name), hints[field.name])
         if problem is not None:
@@ -81,6 +82,12 @@ def check_config(config: Any) -> None:
             raise InputError(
                 f"{field.name}={value!r} is not allowed", where=type(config).__name__, fix=f"Choose {problem}"
             )
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    """The annotations of a config, resolved once."""
+    return get_type_hints(kind, include_extras=True)
 
 
 def _problem(value: Any, hint: Any) -> str | None:

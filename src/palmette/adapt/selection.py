@@ -201,7 +201,7 @@ def fill(view: View, order: Iterable[tuple[str, int]]) -> MemoryPlan:
     Raises BudgetError when not even the head and one channel fit.
     """
     budget = view.request.budget
-    waiting = list(order)
+    waiting, places = list(order), {key: place for place, key in enumerate(view.layers)}
     if budget is None:
         _take(view, {}, waiting, None)
         return _plan(view)[0]
@@ -212,8 +212,8 @@ def fill(view: View, order: Iterable[tuple[str, int]]) -> MemoryPlan:
     if nbytes > budget:
         raise infeasible(budget, nbytes, f"the last layer, {view.head}, is always trained", view.request.scope)
     for _ in range(_REFILLS):  # layers that were not drawn keep less than was set aside for them
-        first = min((_place(view, key) for key in chosen), default=0)
-        waiting = _take(view, chosen, [p for p in waiting if _place(view, p[0]) >= first], budget - nbytes)
+        first = min((places[key] for key in chosen), default=0)
+        waiting = _take(view, chosen, [pair for pair in waiting if places[pair[0]] >= first], budget - nbytes)
         plan, nbytes = _plan(view)
     return plan
 
@@ -222,33 +222,32 @@ def _take(
     view: View, chosen: dict[str, list[int]], order: list[tuple[str, int]], left: int | None
 ) -> list[tuple[str, int]]:
     """Add channels to `chosen` in this order while `left` bytes last; what did not fit. Sets the view's choice."""
+    prices = {key: _price(view, key) for key in view.layers}
     kept = always_kept(view.found)
-    held = {view.layers[key].storage for key in chosen} if view.axis == "outputs" else set()
+    held = kept | {view.layers[key].storage for key in chosen}
     refused: list[tuple[str, int]] = []
     for key, channel in order:
-        price = _price(view, key, kept | held) if left is not None else 0
+        each, first = prices[key]
+        storage = view.layers[key].storage
+        price = each + (0 if storage in held else first)
         if left is not None and price > left:
             refused.append((key, channel))
             continue
         if left is not None:
             left -= price
-        held |= {view.layers[key].storage} if view.axis == "outputs" else set()
+        held.add(storage)
         chosen.setdefault(key, []).append(channel)
     view.chosen = {key: tuple(sorted(index)) for key, index in chosen.items()}
     return refused
 
 
-def _place(view: View, key: str) -> int:
-    return list(view.layers).index(key)
-
-
-def _price(view: View, key: str, held: set[int]) -> int:
-    """Bytes that one more channel of this layer costs."""
+def _price(view: View, key: str) -> tuple[int, int]:
+    """Bytes that each channel of this layer costs, and those that the first one of its input costs once."""
     entry = view.layers[key]
     part = view.costs.copies * view.weights_per_channel(key) * entry.itemsize
     if view.axis == "outputs":
-        return part + (0 if entry.storage in held else entry.storage_bytes)
-    return part + view.codec(key, (0,)).nbytes(entry.shape, entry.itemsize)
+        return part, entry.storage_bytes
+    return part + view.codec(key, (0,)).nbytes(entry.shape, entry.itemsize), 0
 
 
 def _plan(view: View) -> tuple[MemoryPlan, int]:
