@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 from torch import Tensor, nn
@@ -12,10 +13,12 @@ from palmette.adapt.adaptation import Adaptation
 from palmette.adapt.install import Before, freeze_norms, input_shapes, is_adapted, remove
 from palmette.adapt.mode import Engine
 from palmette.adapt.plan import MemoryPlan
+from palmette.adapt.planner import Costs, draft
 from palmette.adapt.search import Request, searched
 from palmette.adapt.selection import Selector
 from palmette.adapt.trace import trace
 from palmette.adapt.tuning import Tuning
+from palmette.adapt.wasi import Swaps, WasiConfig
 from palmette.device import parse_bytes
 from palmette.errors import InputError, PlanError
 from palmette.meter.training import default_loss
@@ -58,20 +61,34 @@ def adapt(
         if freeze_bn:
             freeze_norms(model, before)
         vanilla = trace(model, request.x, request.y, request.loss)
-        tuning = None
+        tuning = swaps = None
         if plan is not None:
             made = _given(plan, request, model)
         elif request.entry is not None and request.entry.sites == "channel":
             tuning, made = Tuning.open(model, request, cast(Selector, request.entry.score(request.config)))
         else:
             made = searched(model, request)
-        engine = Engine(made, waits_for_optimizer=tuning is not None)
+        if method == "wasi":
+            swaps = Swaps()
+            undo.callback(swaps.undo)
+            made = _with_factors(model, request, made, swaps)
+        engine = Engine(made, waits_for_optimizer=tuning is not None or swaps is not None)
         adaptation = Adaptation(
-            model, request, made, engine, before, vanilla_saved=vanilla.stock_bytes(), tuning=tuning
+            model, request, made, engine, before, vanilla_saved=vanilla.stock_bytes(), tuning=tuning, swaps=swaps
         )
         adaptation.start()
         undo.pop_all()
     return adaptation
+
+
+def _with_factors(model: nn.Module, request: Request, made: MemoryPlan, swaps: Swaps) -> MemoryPlan:
+    """The plan after linear layers were put into factors: what they keep is their own affair, and counted anew."""
+    gone = swaps.make(model, dict(made.codecs), cast(WasiConfig, request.config))
+    found = trace(model, request.x, request.y, request.loss)
+    swaps.forget()
+    codecs = {key: codec for key, codec in made.codecs.items() if f"{key}.weight" not in gone}
+    again = draft(found, codecs, Costs.of(model, 0))
+    return replace(made, codecs=codecs, stock=again.stock, folds=dict(again.folds), predicted_bytes=again.saved)
 
 
 def _given(plan: MemoryPlan | str, request: Request, model: nn.Module) -> MemoryPlan:

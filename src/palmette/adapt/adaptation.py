@@ -15,6 +15,7 @@ from palmette.adapt.mode import Engine
 from palmette.adapt.plan import MemoryPlan
 from palmette.adapt.search import Request
 from palmette.adapt.tuning import Tuning, check_optimizer
+from palmette.adapt.wasi import Swaps
 from palmette.device import format_bytes
 from palmette.errors import BudgetError, InputError
 from palmette.files import write_atomic
@@ -32,6 +33,7 @@ class Adaptation:
     before: Before
     vanilla_saved: int
     tuning: Tuning | None = None
+    swaps: Swaps | None = None
     measured: TrainingMemory | None = None
     active: bool = False
 
@@ -57,6 +59,8 @@ class Adaptation:
         extra = sum(tuned.numel() * tuned.element_size() for tuned in parts)
         for tuned in parts:
             tuned.grad = None
+        if self.swaps is not None:
+            self.swaps.forget()
         return replace(found, gradient_bytes=found.gradient_bytes + extra)
 
     # ---- training ----------------------------------------------------------------------------------------------------
@@ -74,7 +78,9 @@ class Adaptation:
         made: Optimizer = kind(self.parameters(), **options)
         if self.tuning is not None:
             self.tuning.attach(made, self.engine)
-            self.engine.waits_for_optimizer = False
+        if self.swaps is not None:
+            self.swaps.attach(made)
+        self.engine.waits_for_optimizer = False
         return made
 
     def next_epoch(self) -> None:
@@ -116,6 +122,8 @@ class Adaptation:
             rows.append(("trained slices", f"{count:,} numbers in {len(self.plan.slices)} layers"))
         if self.plan.frozen:
             rows.append(("frozen by the plan", f"{len(self.plan.frozen)} parameters"))
+        if self.swaps is not None:
+            rows.append(("weights in factors", f"{len(self.swaps.modules)}; undo() is off by {self.swaps.error():.1%}"))
         worst = max(self.plan.errors.items(), key=lambda pair: pair[1], default=None)
         if worst is not None:
             rows.append(("largest gradient error", f"{worst[1]:.1%} in {worst[0]}, on the sample"))
@@ -129,6 +137,8 @@ class Adaptation:
         if self.tuning is not None:
             self.tuning.sync(self.engine)
         remove(self.model, self.before)
+        if self.swaps is not None:
+            self.swaps.undo()
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""

@@ -45,7 +45,7 @@ class Codec(MethodConfig):
 
     def weight_gradient(self, payload: Payload, layer: Layer, grad: Tensor) -> Tensor:
         """dL/dw [out, in / groups, *kernel] from the payload and dL/dy."""
-        return layer.weight_gradient(self.decode(payload, layer), grad)
+        return layer.weight_gradient(as_stored(self.decode(payload, layer), grad.dtype), grad)
 
     def input_gradient(self, layer: Layer, grad: Tensor, weight: Tensor) -> Tensor:
         """dL/dx; exact for nearly all codecs, so that no error travels to earlier layers."""

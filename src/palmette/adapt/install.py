@@ -114,6 +114,8 @@ def _adapted_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     inner = engine.forward or types.MethodType(type(self).forward, self)
     if not torch.is_grad_enabled():
         return inner(*args, **kwargs)
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise InputError("An adapted model takes no transform of torch.func", fix="Call backward(), or undo() first.")
     _check_size(engine.plan, args, kwargs)
     if engine.waits_for_optimizer and not is_measuring():
         _warn_without_optimizer(engine)

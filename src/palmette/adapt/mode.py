@@ -29,6 +29,18 @@ from palmette.meter.training import labelled
 Compute = Callable[[Tensor], Tensor]
 
 
+def saving_hooks() -> Any:
+    """The hook that is handed what autograd keeps just now, or None."""
+    found = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return None if found is None else found[0]
+
+
+def is_checkpointed(outer: Any) -> bool:
+    """Whether a checkpoint within the model (`outer`: the hook around it) will run the call again, without the plan."""
+    found = saving_hooks()
+    return found is not None and found is not outer and found.__module__ == "torch.utils.checkpoint"
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a tensor is made from one that is kept anyway."""
@@ -85,10 +97,8 @@ class Names:
 
     def tensor(self, name: str | None) -> Tensor | None:
         """The parameter or buffer of that name, as it is now."""
-        if name is None:
-            return None
-        home, attribute = self._homes[name]
-        return home[attribute]
+        found = None if name is None else self._homes.get(name)
+        return None if found is None else found[0][found[1]]
 
     def all(self) -> list[Tensor]:
         """Every parameter and buffer, once."""
@@ -167,10 +177,11 @@ class AdaptMode(TorchFunctionMode):
         self.folded: dict[int, tuple[Any, Tensor]] = {}  # output of a folded layer -> the norm's mean
         # a recomputation inside a backward pass must not move what codecs remember
         self.advance = torch._C._current_graph_task_id() == -1
+        self.hooks = saving_hooks()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        operation = parse(func, args, kwargs)
+        operation = None if is_checkpointed(self.hooks) else parse(func, args, kwargs)
         if operation is not None:
             return self._run(operation)
         composite = opened(func)
@@ -186,7 +197,7 @@ class AdaptMode(TorchFunctionMode):
         if operation.kind == "layer":
             return self._layer(operation)
         name = self.namer.other(operation.name)
-        if not operation.x.requires_grad and operation.kind != "norm":
+        if not (operation.x.requires_grad and torch.is_grad_enabled()) and operation.kind != "norm":
             y = operation.compute(operation.x)
             self._remember(operation, y, operation.x)
             return y
@@ -203,7 +214,7 @@ class AdaptMode(TorchFunctionMode):
         norm, gamma, beta = self._fold(key)
         tuned = self.engine.tuned.get(key)
         tensors = (x, weight, bias, gamma, beta, tuned)
-        if not any(t is not None and t.requires_grad for t in tensors):
+        if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
             return self._marked(_without_gradient(operation, norm, gamma, beta), norm)
         dtype = _autocast_dtype(x)
         trains = any(t is not None and t.requires_grad for t in (weight, gamma, tuned))
@@ -292,7 +303,7 @@ class AdaptMode(TorchFunctionMode):
         x, gamma, beta = operation.x, operation.weight, operation.bias
         if operation.mean is None or operation.var is None:
             return operation.compute(x)
-        if not any(t is not None and t.requires_grad for t in (x, gamma, beta)):
+        if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (x, gamma, beta)):
             return operation.compute(x)
         norm, codec = Norm(operation.mean, operation.var, operation.eps), None
         payload: Payload = ()

@@ -144,11 +144,13 @@ def _choices(
     extra = costs.bytes(name for entry in group for name in parameters_of(found, entry))
     found_choices: list[Choice] = []
     lossless_bytes = group[0].storage_bytes - masks.get(storage, 0)
-    if storage in kept:
+    if not may_keep and all(entry.choices for entry in known):
+        pass  # the method takes every layer that it has a form for
+    elif storage in kept:
         found_choices.append(Choice(extra, 0.0, {e.key: Keep() for e in group}))
     elif all(_can_recompute(entry, kept) for entry in group):
         found_choices.append(Choice(extra, 0.0, {e.key: Recompute() for e in group}))
-    elif may_keep or not all(entry.choices for entry in known):
+    else:
         found_choices.append(Choice(lossless_bytes + extra, 0.0, {e.key: Keep() for e in group}))
     if may_skip:
         energy = sum(entry.energy for entry in known) or _NORM_SHARE * sum(f.energy for f in findings.values())

@@ -43,6 +43,11 @@ class Request:
     config: MethodConfig | None
     copies: int
 
+    @property
+    def replaces(self) -> bool:
+        """Whether the method puts something into the place of layers, so that none of them may stay as it is."""
+        return self.method == "wasi"
+
     def blank(self) -> MemoryPlan:
         """A plan of this request that says nothing yet."""
         return MemoryPlan(method=self.method, scope=self.scope, budget=self.budget, inputs=input_shapes(self.x))
@@ -54,7 +59,9 @@ def searched(model: nn.Module, request: Request) -> MemoryPlan:
     costs = Costs.of(model, 0 if request.scope == "peak" else request.copies)
     exact = draft(found, lossless(found), costs)
     plain = memory_plan(exact, request.blank(), {})
-    asked_for_codec = request.entry is not None and (request.budget is None or _has_own_rule(request.config))
+    asked_for_codec = request.entry is not None and (
+        request.budget is None or _has_own_rule(request.config) or request.replaces
+    )
     if not asked_for_codec and _fits(model, request, exact, plain):
         return plain
     if request.method == "lossless":
@@ -142,6 +149,7 @@ class _Search:
     def solved(self, budget: int, *, may_keep: bool = True) -> Draft | int:
         """The best draft, or the fewest bytes of any."""
         if not self.is_auto:
+            may_keep = may_keep and not self.request.replaces
             return solve(self.found, self.findings, self.costs, budget, may_skip=False, may_keep=may_keep)
         return self._from_starts(budget)
 

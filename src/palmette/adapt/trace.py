@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from palmette.adapt.layer import Layer
-from palmette.adapt.mode import Namer
+from palmette.adapt.mode import Namer, is_checkpointed, saving_hooks
 from palmette.adapt.operations import Operation, is_move, parse
 from palmette.adapt.plan import Fold
 from palmette.graph.inputs import call
@@ -123,9 +123,10 @@ class _Recorder(TorchFunctionMode):
         self.namer = Namer(model)
         self.numbers = _Numbers()
         self.weights = {t.untyped_storage()._cdata for t in self.namer.names.all()}
-        self.calls: list[Call] = []
-        self.current = Call("", "other", "")
-        self.norms: dict[int, Operation] = {}
+        self.current = Call("", "other", "autograd function")  # no call in flight: a Function of the model's own
+        self.calls: list[Call] = [self.current]
+        self.hooks: Any = None  # those of the trace itself
+        self.norms: dict[int, Fold | None] = {}  # by name: the tensors would stay alive
         self.made_by: dict[int, int] = {}  # number of a tensor -> index of the layer that returned it
         self.reads: Counter[int] = Counter()
         self.recipes: dict[int, int] = {}  # number of a tensor -> storage of its source
@@ -133,7 +134,7 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        operation = parse(func, args, kwargs) if self.watching else None
+        operation = parse(func, args, kwargs) if self.watching and not is_checkpointed(self.hooks) else None
         composite = opened(func) if operation is None else None
         if composite is not None:
             with self:
@@ -173,13 +174,14 @@ class _Recorder(TorchFunctionMode):
             self.numbers.tensor(x),
             self.numbers.storage(x),
             x.untyped_storage().nbytes() if x.untyped_storage()._cdata not in self.weights else 0,
-            x.requires_grad,
+            x.requires_grad and torch.is_grad_enabled(),
             contiguous=x.is_contiguous(),
             layer=operation.layer,
         )
         parameters = [t for t in (operation.weight, operation.bias) if t is not None]
-        noted.grad = x.requires_grad or any(t.requires_grad for t in parameters)
-        noted.trains = operation.weight is not None and operation.weight.requires_grad
+        if torch.is_grad_enabled():
+            noted.grad = x.requires_grad or any(t.requires_grad for t in parameters)
+            noted.trains = operation.weight is not None and operation.weight.requires_grad
         noted.weights = tuple(name for t in parameters if (name := self.namer.name(t)) is not None)
         noted.source = self._source(x)
         noted.stays = operation.inplace and x._is_view()
@@ -190,7 +192,7 @@ class _Recorder(TorchFunctionMode):
                     noted.made[self.numbers.storage(t)] = t.untyped_storage().nbytes()
         elif operation.kind == "norm":
             noted.reader_of = self.made_by.get(noted.tensor, -1)
-            self.norms[len(self.calls)] = operation
+            self.norms[len(self.calls)] = _fold(self.namer, operation)
             if operation.weight is not None:
                 noted.key = self.namer.norm(operation.weight)
         else:
@@ -239,6 +241,7 @@ def trace(model: nn.Module, x: Any, y: Any = None, loss: Callable[[Any, Any], Te
     recorder = _Recorder(model)
     numbered = torch.autograd.graph.saved_tensors_hooks(recorder.pack, lambda number: number)
     with left_as_found(model.modules()), torch.enable_grad(), numbered, recorder:
+        recorder.hooks = saving_hooks()
         output = call(model, x)
         for tensor in _tensors(output):
             recorder.reads[recorder.numbers.tensor(tensor)] += 1
@@ -252,12 +255,13 @@ def _assembled(recorder: _Recorder) -> Trace:
     folds: dict[str, Fold] = {}
     folded: set[int] = set()
     weights: dict[str, tuple[str, ...]] = {}
-    for index, operation in recorder.norms.items():
+    for index, fold in recorder.norms.items():
         norm = recorder.calls[index]
-        fold = _fold(recorder.namer, operation)
         layer = recorder.calls[norm.reader_of] if norm.reader_of >= 0 else None
         if fold is None or layer is None or recorder.reads[norm.tensor] != 1 or layer.made or not layer.weights:
             continue
+        if layer.layer is None or layer.layer.channel_axis != 1 or layer.out_storage in recorder.calls[0].stock:
+            continue  # a linear layer's outputs lie on the last axis, a norm's channels on the second
         folds[layer.key] = fold
         folded.add(index)
         weights[layer.key] = norm.weights

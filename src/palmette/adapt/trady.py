@@ -9,6 +9,7 @@ not from some epochs on another task. Cost: one pass over the layers at the star
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated
@@ -23,10 +24,12 @@ from palmette.registry import Bounds, MethodConfig, method
 class TraDyConfig(MethodConfig):
     """coverage: share of the relative gradient norm that the pool of layers covers; 1 takes all of them.
 
+    elements: the paper's budget, numbers of weights and of one sample's inputs; beside the one in bytes.
     dynamic: draw anew in every epoch (False is the paper's static control). seed: of the draws.
     """
 
     coverage: Annotated[float, Bounds(low=0.0, high=1.0, low_open=True)] = 0.97
+    elements: Annotated[int | None, Bounds(low=1)] = None
     dynamic: bool = True
     seed: int = 0
 
@@ -47,9 +50,15 @@ class TraDy:
         self.pool = [(key, c) for key in covering(scores, self.config.coverage) for c in range(view.channels(key))]
 
     def choose(self, view: View, epoch: int) -> Iterable[tuple[str, int]]:  # noqa: ARG002  # the interface
-        """All channels of the pool, shuffled."""
+        """The channels of the pool, shuffled, up to the budget of elements."""
         order = torch.randperm(len(self.pool), generator=view.generator).tolist()
-        return [self.pool[place] for place in order]
+        left = math.inf if self.config.elements is None else self.config.elements
+        for place in order:
+            key, channel = self.pool[place]
+            left -= view.elements_per_channel(key)
+            if left < 0:
+                return
+            yield key, channel
 
 
 def covering(scores: dict[str, float], share: float) -> list[str]:
