@@ -27,9 +27,18 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 
 METHODS = """
-A method ranks candidates for removal; the lowest score goes first. `palmette methods` prints this list, and
-`palmette shrink --method NAME` uses one.
+`palmette methods` prints these lists.
 """
+VERBS = {
+    "shrink": """
+A method of shrink ranks candidates for removal; the lowest score goes first. `palmette shrink --method NAME` uses one.
+""",
+    "adapt": """
+A method of adapt says how layer inputs are kept for backward (`codec`), or which channels are trained (`slice`).
+`palmette adapt --method NAME` uses one. Two more are adapt's own and have no options: `auto` mixes the exact forms, few
+bits, factors and frozen layers at the least gradient error, and `lossless` takes the exact forms alone.
+""",
+}
 
 
 def pages() -> dict[Path, str]:
@@ -231,18 +240,14 @@ def methods_page() -> str:
     """One section per registered method: what it is, its paper, its options with their bounds."""
     from palmette.registry import methods
 
-    parts = [
-        NOTE,
-        "# Methods",
-        METHODS,
-        table(
-            ("name", "ranks", "edit", "unit of the score", "paper"),
-            [(f"[{m.name}](#{slug(m.name)})", m.ranks, m.edit, escape(m.unit), escape(m.paper)) for m in methods()],
-        ),
-    ]
-    for entry in methods():
-        header = inspect.getdoc(importlib.import_module(entry.score.__module__)) or ""
-        parts += [f"## {entry.name}", paragraphs(header), config_table(entry.config)]
+    parts = [NOTE, "# Methods", METHODS]
+    for verb, text in VERBS.items():
+        listed = [m for m in methods() if m.verb == verb]
+        rows = [(f"[{m.name}](#{slug(m.name)})", m.ranks, m.edit, escape(m.unit), escape(m.paper)) for m in listed]
+        parts += [f"## Methods of {verb}", text, table(("name", "ranks", "edit", "unit of the score", "paper"), rows)]
+        for entry in listed:
+            header = inspect.getdoc(importlib.import_module(entry.score.__module__)) or ""
+            parts += [f"### {entry.name}", paragraphs(header), config_table(entry.config)]
     return page(parts)
 
 

@@ -16,7 +16,7 @@ from palmette.cli import main
 from palmette.cli.app import app
 from palmette.models import build
 
-COMMANDS = ["demo", "shrink", "curve", "sites", "measure", "collapse", "export", "report", "methods"]
+COMMANDS = ["demo", "shrink", "curve", "adapt", "sites", "measure", "collapse", "export", "report", "methods"]
 
 SOURCE = """
 import torch
@@ -108,8 +108,12 @@ def test_the_public_names_are_where_they_are_said_to_be() -> None:
 def test_methods_are_listed(capsys) -> None:
     assert run("methods") == 0
     printed = capsys.readouterr().out
+    shrinks, adapts = printed.split("Methods of palmette adapt")
     for name in ("easier", "random", "block_influence"):
-        assert name in printed
+        assert name in shrinks
+    for name in ("asi", "trady", "wasi"):
+        assert f"\n{name} " in adapts
+        assert f"\n{name} " not in shrinks
 
 
 def test_the_options_of_a_method_are_listed(capsys) -> None:

@@ -38,7 +38,7 @@ CLASSES, BATCH, CLIP = 10, 32, 2.0
 
 
 def images(name: str, split: str, count: int) -> tuple[Tensor, Tensor]:
-    """The first images of a split in 0..1 [n, 3, 32, 32], and labels; Fashion-MNIST's test set is cut into val and test."""
+    """The first images of a split in 0..1 [n, 3, 32, 32], and labels; Fashion-MNIST's test set serves as val and test."""
     load = stored._import(stored.folder() / "load.py")
     if name == "cifar10":
         x, y = load.cifar10(split)
@@ -158,7 +158,7 @@ def row(options: argparse.Namespace, method: str, seed: int, rate: float, budget
     }
 
 
-def chosen_rate(rows: setups.Rows, options: argparse.Namespace, key: str, make: Callable[[float], dict[str, Any]]) -> float:
+def chosen_rate(rows: setups.Rows, key: str, make: Callable[[float], dict[str, Any]]) -> float:
     """The rate with the best validation accuracy after a third of the epochs, with seed 0."""
 
     def tried(rate: float) -> dict[str, Any]:
@@ -197,7 +197,7 @@ def main() -> None:
                 bound = None if method in PLAIN or ":" in method else budget
                 key = f"{method}/{'none' if bound is None else bound}/{recipe}"
                 rate = chosen_rate(
-                    rows, options, key, lambda r, m=method, b=bound: trained(short, m, 0, r, b, data)
+                    rows, key, lambda r, m=method, b=bound: trained(short, m, 0, r, b, data)
                 )
                 rows.once(
                     f"{key}/seed{seed}",

@@ -177,7 +177,7 @@ def report(rows: Rows) -> None:
     for key, row in rows.content["rows"].items():
         if "error" in row:
             print(f"{key:<38} {row['error'][:90]}")
-        elif "peak_bytes" in row:
+        elif "saved_bytes" in row:
             sizes = [row[f"{part}_bytes"] / MIB for part in ("saved", "peak", "gradient")]
             ratio = row.get("stock_saved_bytes", row["saved_bytes"]) / row["saved_bytes"]
             shown = f"{sizes[0]:>9.2f} {sizes[1]:>9.2f} {sizes[2]:>8.2f} {ratio:>7.2f}"

@@ -1,4 +1,4 @@
-"""LoRA for convolutions and linear layers: frozen weight plus a trained product of rank r; the baseline of the tables."""
+"""LoRA for convolutions and linear layers: a frozen weight plus a trained product of rank r; the tables' baseline."""
 
 from __future__ import annotations
 

@@ -65,6 +65,9 @@ def network(name: str, pixels: int | None = None) -> nn.Module:
         with torch.no_grad():
             for _ in range(2):
                 model(torch.randn(8, 3, pixels, pixels))
+    last = model.get_submodule(head(model))
+    if isinstance(last, nn.Linear) and not last.weight.any():  # ViT begins with zeros: nothing behind would be trained
+        nn.init.trunc_normal_(last.weight, std=0.02)
     return model.eval()
 
 

@@ -166,6 +166,12 @@ class Method:
     search: Callable[..., Any] | None = None
 
     @property
+    def verb(self) -> str:
+        """The command that uses it: one of your own is told by the sites that it ranks."""
+        verbs = {"depth": "shrink", "adapt": "adapt"}
+        return verbs.get(self.wing) or ("adapt" if self.sites in ("input", "channel") else "shrink")
+
+    @property
     def ranks(self) -> str:
         """What it ranks, for tables: a kind of site, or "all" for a search of its own."""
         return "all" if self.search is not None else self.sites
@@ -268,6 +274,17 @@ def get_method(name: str | Method) -> Method:
     near = difflib.get_close_matches(name, _METHODS, n=1, cutoff=0.5)
     listed = f"`palmette methods` lists all: {', '.join(sorted(_METHODS))}"
     raise UnknownMethod(f"no method is named {name!r}", fix=f"Did you mean {near[0]!r}? {listed}" if near else listed)
+
+
+def method_of(verb: str, name: str | Method) -> Method:
+    """`get_method` for one verb. Raises UnknownMethod, and InputError for a method of another verb."""
+    entry = get_method(name)
+    if entry.verb != verb:
+        raise InputError(
+            f"{entry.name!r} is a method of palmette {entry.verb}, not of {verb}",
+            fix=f"Run palmette {entry.verb} --method {entry.name}; `palmette methods` lists those of {verb}",
+        )
+    return entry
 
 
 def _own(spec: str) -> Method:

@@ -17,14 +17,20 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from palmette.adapt.adapt import adapt
-from palmette.graph.inputs import call
+from palmette.graph.inputs import call, map_tensors
 from palmette.meter.training import default_loss
 
 Step = tuple[float, dict[str, Tensor | None]]
 
 
 def step(
-    model: nn.Module, x: Any, y: Any = None, loss: Callable[..., Tensor] = default_loss, *, seed: int = 3, **options: Any
+    model: nn.Module,
+    x: Any,
+    y: Any = None,
+    loss: Callable[..., Tensor] = default_loss,
+    *,
+    seed: int = 3,
+    **options: Any,
 ) -> Step:
     """The loss and every gradient of one training step with this seed; gradients are taken off the model again."""
     model.zero_grad(set_to_none=True)
@@ -83,7 +89,47 @@ def exactly(model: nn.Module, x: Any, y: Any = None, **options: Any) -> Any:
     return adaptation
 
 
+def check_exact(net: nn.Module, x: Any, y: Any, dtype: torch.dtype = torch.float64, **options: Any) -> Any:
+    """One network: loss, gradients and bytes under the exact forms, and what is left after undo."""
+    # torch's own hardsigmoid has its 1/6 in single precision
+    rough = any(isinstance(module, nn.Hardsigmoid) for module in net.modules())
+    bound = 1e-5 if dtype == torch.float32 else 1e-7 if rough else 1e-10
+    net = net.to(dtype)
+    reference, before = frozen(net), copy.deepcopy(net)
+    want = step(reference, x, y)
+    with torch.no_grad():
+        torch.manual_seed(0)
+        was = copy.deepcopy(before)(x)
+    adaptation = exactly(net, x, y, method="lossless", **options)
+    got = step(net, x, y)
+    assert got[0] == pytest.approx(want[0], rel=1e-12 if dtype == torch.float64 else 1e-6)
+    if dtype == torch.float32 and apart(want, got) > bound:  # where torch's own rounding is no smaller
+        precise = frozen(before).double()
+        torch_is_off = apart(step(precise, map_tensors(lambda t: t.double(), x), y), want)
+        assert apart(want, got) <= 2 * torch_is_off < 1e-4
+    else:
+        assert apart(want, got) <= bound
+    assert adaptation.measured.saved_bytes <= adaptation.vanilla_saved
+    adaptation.undo()
+    assert all(torch.equal(a, b) for a, b in zip(before.state_dict().values(), net.state_dict().values(), strict=True))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        assert torch.equal(net(x), was)
+    return adaptation
+
+
 # ---- networks --------------------------------------------------------------------------------------------------------
+
+
+class Fn(nn.Module):
+    """A function as a module, with layers of its own."""
+
+    def __init__(self, fn: Callable[..., Tensor], *layers: nn.Module) -> None:
+        super().__init__()
+        self.fn, self.layers = fn, nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fn(x, *self.layers)
 
 
 class Residual(nn.Module):
@@ -112,7 +158,9 @@ class Swapped(nn.Module):
         return x.transpose(-1, -2)
 
 
-def conv_bn(i: int, o: int, kernel: int = 3, stride: int = 1, groups: int = 1, *, bias: bool = False) -> list[nn.Module]:
+def conv_bn(
+    i: int, o: int, kernel: int = 3, stride: int = 1, groups: int = 1, *, bias: bool = False
+) -> list[nn.Module]:
     """A convolution that keeps the size, and its batch norm."""
     return [nn.Conv2d(i, o, kernel, stride, kernel // 2, groups=groups, bias=bias), nn.BatchNorm2d(o)]
 
@@ -138,7 +186,9 @@ class Attention(nn.Module):
         super().__init__()
         self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.mix = nn.MultiheadAttention(width, heads, dropout=dropout, batch_first=True)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * width, width)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm_1(x)
@@ -148,7 +198,9 @@ class Attention(nn.Module):
 
 def small_transformer(dropout: float = 0.0) -> nn.Module:
     """Tokens of 5 features in, 4 outputs a token."""
-    return lively(nn.Sequential(nn.Linear(5, 8), Attention(dropout=dropout), Attention(dropout=dropout), nn.Linear(8, 4)))
+    return lively(
+        nn.Sequential(nn.Linear(5, 8), Attention(dropout=dropout), Attention(dropout=dropout), nn.Linear(8, 4))
+    )
 
 
 def batch(n: int = 6, size: int = 12, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:

@@ -106,6 +106,21 @@ def test_a_thousand_random_plans(kit, data):
     check_plan(kit, data)
 
 
+def test_the_smallest_budget_holds_where_a_codec_is_worse_than_nothing(kit):
+    """One bit for a batch of one misses the gradient by more than leaving the layer out does."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3, padding=1), nn.Dropout(0.3), nn.Flatten(2), kit.Swapped(), nn.LayerNorm(4)]
+    layers += [nn.Linear(4, 8), nn.Hardswish(), nn.Linear(8, 4), kit.Swapped(), kit.Mean()]
+    net, sample = kit.lively(nn.Sequential(*layers)), (torch.randn(1, 3, 8, 8), torch.zeros(1, dtype=torch.int64))
+    with pytest.raises(BudgetError) as caught:
+        adapt(net, sample, budget=68)
+    least = kit.smallest(caught.value)
+    assert least > 68
+    kit.exactly(net, *sample, budget=least).undo()
+    with pytest.raises(BudgetError):
+        adapt(net, sample, budget=least - 1)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_odd_batches_keep_no_more_and_larger_ones_are_refused(kit, method):
     net, (x, y) = kit.small_cnn(), kit.batch(8)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
 from palmette.adapt import tucker as tucker_module
+from palmette.adapt.spectra import ranks_for_energy, spectra
 from palmette.adapt.tucker import (
     Tucker,
     cheapest_order,
@@ -19,8 +20,6 @@ from palmette.adapt.tucker import (
     elements,
     hosvd,
     mode_product,
-    ranks_for_energy,
-    spectra,
     subspace_iteration,
     svd,
     svd_hosvd,

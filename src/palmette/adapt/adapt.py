@@ -22,7 +22,7 @@ from palmette.adapt.wasi import Swaps, WasiConfig
 from palmette.device import parse_bytes
 from palmette.errors import InputError, PlanError
 from palmette.meter.training import default_loss
-from palmette.registry import MethodConfig, get_method
+from palmette.registry import MethodConfig, method_of
 
 Scope = Literal["saved", "saved+gradients+optimizer", "peak"]
 SCOPES = ("saved", "saved+gradients+optimizer", "peak")
@@ -123,9 +123,7 @@ def _request(
         raise InputError(f"There is no scope {scope!r}", fix=f"Choose one of {', '.join(SCOPES)}.")
     if not any(p.requires_grad for p in model.parameters()):
         raise InputError("There is nothing to train: all parameters are frozen", fix="Set requires_grad on some.")
-    entry = None if method in ("auto", "lossless") else get_method(method)
-    if entry is not None and entry.wing != "adapt" and entry.sites not in ("input", "channel"):
-        raise InputError(f"{method!r} is no method of adapt", fix="`palmette methods` lists them by verb.")
+    entry = None if method in ("auto", "lossless") else method_of("adapt", method)
     options: MethodConfig | None = None
     if isinstance(config, MethodConfig):
         options = config

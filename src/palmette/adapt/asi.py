@@ -18,7 +18,8 @@ from torch import Tensor
 from palmette.adapt.codec import Payload, State
 from palmette.adapt.factored import TuckerCodec, ladder, payload_of
 from palmette.adapt.layer import Layer
-from palmette.adapt.tucker import ranks_for_energy, subspace_iteration
+from palmette.adapt.spectra import ranks_for_energy
+from palmette.adapt.tucker import subspace_iteration
 from palmette.registry import Bounds, MethodConfig, method
 
 

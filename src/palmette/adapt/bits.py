@@ -8,6 +8,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 _GATHER = 0x0102040810204080  # gathers the lowest bits of eight bytes into the highest byte of their product
+_NUMPY = (torch.float32, torch.float64, torch.float16)
 _SPREAD = 0x0101010101010101
 _SELECT = -0x7FBFDFEFF7FBFDFF  # 0x8040201008040201 as a signed number: bit k of byte k
 
@@ -15,6 +16,20 @@ _SELECT = -0x7FBFDFEFF7FBFDFF  # 0x8040201008040201 as a signed number: bit k of
 def packed_bytes(elements: int, bits: int = 1) -> int:
     """Bytes that `elements` numbers of `bits` (1, 2, 4 or 8) occupy."""
     return -(-elements * bits // 8)
+
+
+def pack_between(x: Tensor, low: float, high: float) -> Tensor:
+    """`pack_bits` of low < x < high; high may be infinite."""
+    if _is_plain_cpu(x) and x.dtype in _NUMPY:
+        flat = x.detach().reshape(-1).numpy()
+        inside = flat > low
+        if high != float("inf"):
+            inside &= flat < high
+        return torch.from_numpy(np.packbits(inside, bitorder="little"))
+    mask = x > low
+    if high != float("inf"):
+        mask &= x < high
+    return pack_bits(mask)
 
 
 def pack_bits(mask: Tensor) -> Tensor:

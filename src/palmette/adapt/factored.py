@@ -12,7 +12,8 @@ from torch import Tensor
 from palmette.adapt.codec import Codec, Payload, compact
 from palmette.adapt.factor_gradients import conv_weight_gradient, linear_weight_gradient
 from palmette.adapt.layer import Layer
-from palmette.adapt.tucker import Tucker, clamp_ranks, dense, elements, spectra
+from palmette.adapt.spectra import spectra
+from palmette.adapt.tucker import Tucker, clamp_ranks, dense, elements
 
 _RUNGS = 10  # candidates offered for one input
 _SMALLEST = 2**-9  # of the input, where the ladder begins

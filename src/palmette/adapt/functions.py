@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from palmette.adapt.bits import pack_bits, pack_small, unpack_bits, unpack_small
+from palmette.adapt.bits import pack_between, pack_bits, pack_small, unpack_bits, unpack_small
 from palmette.adapt.codec import Codec, Payload
 from palmette.adapt.layer import Layer
 from palmette.errors import TrainingError
@@ -75,12 +75,9 @@ class _Masked(Function):
         if y is x:
             ctx.mark_dirty(x)
         low, high = bends
-        mask = y > low
-        if high != float("inf"):
-            mask &= y < high
         ctx.last = _is_channels_last(y)
         ctx.shape, ctx.slopes = y.shape, slopes
-        ctx.save_for_backward(pack_bits(_in_memory_order(mask, ctx.last)))
+        ctx.save_for_backward(pack_between(_in_memory_order(y, ctx.last), low, high))
         return y
 
     @staticmethod
@@ -219,11 +216,8 @@ class _MaxPool(Function):
             x, window.kernel, window.stride, window.padding, window.dilation, window.ceil
         )
         ctx.window, ctx.x_shape, ctx.y_shape = window, x.shape, y.shape
-        rows, columns = _corners(window, y.shape, index.device)
-        width = x.shape[-1]
-        down = (index.div(width, rounding_mode="floor") - rows) // window.dilation[0]
-        across = (index % width - columns) // window.dilation[1]
-        place = (down * window.kernel[1] + across).to(torch.uint8)
+        index -= _corners(window, x.shape, y.shape, index.device)  # to the offset within the window
+        place = torch.take(_places(window, x.shape[-1], index.device), index)
         ctx.save_for_backward(pack_small(place, window.bits or 8))
         return y
 
@@ -232,20 +226,32 @@ class _MaxPool(Function):
         refuse_twice()
         window: Window = ctx.window
         (packed,) = ctx.saved_tensors
-        place = unpack_small(packed, ctx.y_shape, window.bits or 8).to(torch.int64)
-        rows, columns = _corners(window, ctx.y_shape, grad.device)
-        down, across = place // window.kernel[1], place % window.kernel[1]
-        index = (rows + down * window.dilation[0]) * ctx.x_shape[-1] + columns + across * window.dilation[1]
+        place = unpack_small(packed, ctx.y_shape, window.bits or 8)
+        index = torch.take(_offsets(window, ctx.x_shape[-1], grad.device), place.long())
+        index += _corners(window, ctx.x_shape, ctx.y_shape, grad.device)
         dx = grad.new_zeros((*ctx.x_shape[:-2], ctx.x_shape[-2] * ctx.x_shape[-1]))
         dx.scatter_add_(-1, index.flatten(-2), grad.flatten(-2))
         return dx.view(ctx.x_shape), None
 
 
-def _corners(window: Window, shape: torch.Size, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Row [h, 1] and column [w] of the input where each window begins; negative in the padding."""
-    rows = torch.arange(shape[-2], device=device) * window.stride[0] - window.padding[0]
-    columns = torch.arange(shape[-1], device=device) * window.stride[1] - window.padding[1]
-    return rows[:, None], columns
+def _offsets(window: Window, width: int, device: torch.device) -> Tensor:
+    """Distance in memory from a window's corner to each of its places."""
+    rows = torch.arange(window.kernel[0], device=device) * (window.dilation[0] * width)
+    return (rows[:, None] + torch.arange(window.kernel[1], device=device) * window.dilation[1]).flatten()
+
+
+def _places(window: Window, width: int, device: torch.device) -> Tensor:
+    """The place at each distance; zeros where there is none. In a narrow image a later place may share a distance."""
+    offsets = _offsets(window, width, device)
+    table = torch.zeros(int(offsets[-1]) + 1, dtype=torch.uint8, device=device)
+    return table.index_copy_(0, offsets, torch.arange(len(offsets), dtype=torch.uint8, device=device))
+
+
+def _corners(window: Window, x_shape: torch.Size, y_shape: torch.Size, device: torch.device) -> Tensor:
+    """Index in the input's plane where each window begins [h, w]; below zero in the padding."""
+    rows = torch.arange(y_shape[-2], device=device) * window.stride[0] - window.padding[0]
+    columns = torch.arange(y_shape[-1], device=device) * window.stride[1] - window.padding[1]
+    return rows[:, None] * x_shape[-1] + columns
 
 
 def max_pool2d(x: Tensor, window: Window) -> Tensor:

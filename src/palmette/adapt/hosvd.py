@@ -18,7 +18,8 @@ from torch import Tensor
 from palmette.adapt.codec import Payload, State
 from palmette.adapt.factored import TuckerCodec, ladder, payload_of
 from palmette.adapt.layer import Layer
-from palmette.adapt.tucker import hosvd, ranks_for_energy
+from palmette.adapt.spectra import ranks_for_energy
+from palmette.adapt.tucker import hosvd
 from palmette.registry import Bounds, MethodConfig, method
 
 

@@ -40,6 +40,11 @@ class Layer:
         return self.weight_shape[0]
 
     @cached_property
+    def is_depthwise(self) -> bool:
+        """Whether each input channel has one output channel of its own, in two dimensions."""
+        return self.groups == self.out_channels == self.x_shape[1] > 1 and len(self.stride) == 2
+
+    @cached_property
     def out_shape(self) -> torch.Size:
         """Shape of the output."""
         if self.kind == "linear":
@@ -77,6 +82,8 @@ class Layer:
         """dL/dw from the input and dL/dy."""
         if self.kind == "linear":
             return grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+        if self.is_depthwise and x.device.type == "cpu":
+            return self._depthwise_gradient(x, grad)
         return self._backward(grad, x, grad.new_empty(1).expand(self.weight_shape), (False, True, False))[1]
 
     def bias_gradient(self, grad: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -96,6 +103,24 @@ class Layer:
     def macs(self) -> int:
         """Multiply-adds of the forward pass; the input and the weight gradient cost as many each."""
         return math.prod(self.out_shape) * math.prod(self.weight_shape[1:])
+
+    def _depthwise_gradient(self, x: Tensor, grad: Tensor) -> Tensor:
+        """Each plane of x correlated with its plane of the gradient: one depthwise convolution of all planes.
+
+        torch's own depthwise weight gradient is several times slower on a CPU.
+        """
+        planes = x.shape[0] * x.shape[1]
+        found = torch.conv2d(
+            x.reshape(1, planes, *x.shape[2:]),
+            grad.reshape(planes, 1, *grad.shape[2:]),
+            None,
+            self.dilation,
+            self.padding,
+            self.stride,
+            planes,
+        )
+        rows, columns = self.weight_shape[2:]
+        return found[..., :rows, :columns].view(x.shape[0], -1, 1, rows, columns).sum(0)
 
     @cached_property
     def _output_padding(self) -> list[int] | None:

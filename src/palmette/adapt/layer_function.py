@@ -49,11 +49,12 @@ class _LayerFunction(Function):
         norm = call.norm
         ctx.call = call if norm is None else replace(call, norm=None)
         ctx.eps = None if norm is None else norm.eps
-        ctx.save_for_backward(
-            weight, bias, gamma, *((norm.mean, norm.var) if norm is not None else (None, None)), *payload
-        )
+        others = (None,) * 4 if norm is None else (bias, gamma, norm.mean, norm.var)
+        ctx.save_for_backward(weight, *others, *payload)
         with no_autocast(x.device):
-            return folded_forward(call.layer, x, weight, bias, norm, gamma, beta, call.dtype)
+            y = folded_forward(call.layer, x, weight, bias, norm, gamma, beta, call.dtype)
+        # a view made in here could not be written into by what follows
+        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:

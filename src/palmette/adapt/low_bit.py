@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from palmette.adapt.bits import pack_small, packed_bytes, unpack_small
+from palmette.adapt.bits import pack_bits, pack_small, packed_bytes, unpack_bits, unpack_small
 from palmette.adapt.codec import Codec, Payload, State
 from palmette.adapt.layer import Layer
 from palmette.registry import Bounds, MethodConfig, method
@@ -43,20 +43,35 @@ class LowBit(Codec):
 
     def encode(self, x: Tensor, state: State) -> Payload:  # noqa: ARG002
         """Packed numbers, and the ranges."""
-        rows = F.pad(x.reshape(-1), (0, -x.numel() % self.group)).view(-1, self.group).float()
+        missing = -x.numel() % self.group
+        flat = F.pad(x.reshape(-1), (0, missing)) if missing else x.reshape(-1)
+        rows = flat.view(-1, self.group).float()
+        if self.bits == 1:
+            return self._two_levels(rows)
         low = rows.amin(1).bfloat16()
         step = ((rows.amax(1) - low.float()) / (2**self.bits - 1)).bfloat16()
         scale = step.float().clamp_min(torch.finfo(torch.bfloat16).tiny)
-        levels = ((rows - low.float()[:, None]) / scale[:, None]).round_().clamp_(0, 2**self.bits - 1)
+        levels = (rows - low.float()[:, None]).div_(scale[:, None]).round_().clamp_(0, 2**self.bits - 1)
         return pack_small(levels.to(torch.uint8), self.bits), torch.stack([low, step])
+
+    def _two_levels(self, rows: Tensor) -> Payload:
+        """Above or below the group's mean, with the means of both parts as levels: the ends would be far too wide."""
+        mean = rows.mean(1, keepdim=True)
+        above = rows > mean
+        count = above.sum(1)
+        total, high = rows.sum(1), (rows * above).sum(1)
+        low = ((total - high) / (self.group - count).clamp_min(1)).bfloat16()
+        step = (high / count.clamp_min(1) - low.float()).where(count > 0, torch.zeros_like(total)).bfloat16()
+        return pack_bits(above), torch.stack([low, step])
 
     def decode(self, payload: Payload, layer: Layer) -> Tensor:
         """The input, rounded."""
         packed, ranges = payload
         low, step = ranges.float()
         count = layer.x_shape.numel()
-        levels = unpack_small(packed, torch.Size((len(low), self.group)), self.bits)
-        rows: Tensor = levels * step[:, None] + low[:, None]
+        shape = torch.Size((len(low), self.group))
+        levels = unpack_bits(packed, shape) if self.bits == 1 else unpack_small(packed, shape, self.bits)
+        rows: Tensor = (levels * step[:, None]).add_(low[:, None])
         return rows.view(-1)[:count].view(layer.x_shape)
 
 

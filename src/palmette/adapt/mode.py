@@ -360,6 +360,8 @@ def _without_gradient(operation: Operation, norm: Norm | None, gamma: Tensor | N
 
 def _torch_does_it(x: Tensor, layer: Layer, codec: Codec, trains: bool) -> bool:
     """Whether torch's own function keeps no more: the input itself (not a copy in order), or nothing but the weight."""
+    if trains and layer.kind == "conv" and layer.is_depthwise:
+        return False
     return codec == Keep() and x.is_contiguous() if trains else layer.kind == "linear"
 
 

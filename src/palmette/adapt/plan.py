@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from palmette.adapt.codec import Codec, codecs
-from palmette.errors import PlanError
+from palmette.errors import InputError, PlanError
 
 _FORMAT = 1
 
@@ -80,7 +80,7 @@ class MemoryPlan:
             parts["inputs"] = tuple(tuple(shape) for shape in parts["inputs"])
             parts |= {name: tuple(parts[name]) for name in ("stock", "frozen", "recompute")}
             return cls(**parts)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, InputError) as error:
             raise PlanError("The text is no memory plan", why=f"{type(error).__name__}: {error}") from error
 
 

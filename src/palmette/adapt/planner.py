@@ -173,6 +173,11 @@ def _skips(choice: Choice) -> bool:
     return all(codec.name == "skip" for codec in choice.what.values())
 
 
+def _unused(item: Item) -> float:
+    """The error of leaving the item out; a codec that is worse is never chosen."""
+    return next((choice.error for choice in item.choices if _skips(choice)), 0.0)
+
+
 def _rung(findings: Findings, rung: int, rungs: int) -> tuple[Codec, float]:
     """The choice at this height of the layer's own ladder."""
     return findings.choices[rung * len(findings.choices) // rungs]
@@ -197,7 +202,7 @@ def solve(
     fixed = least.nbytes - sum(min(c.nbytes for c in item.choices) for item in offered)
     chosen = choose([item.choices for item in offered], budget - fixed)
     if may_skip:  # a plan that trains nothing is none
-        trains = min((c.nbytes for item in offered for c in item.choices if not _skips(c)), default=0)
+        trains = min((c.nbytes for item in offered for c in item.choices if c.error < _unused(item)), default=0)
         least = replace(least, nbytes=fixed + trains)
     if chosen is None or all(_skips(item.choices[i]) for item, i in zip(offered, chosen, strict=True)):
         return least.nbytes
@@ -226,13 +231,14 @@ def memory_plan(result: Draft, like: MemoryPlan, findings: Mapping[str, Findings
     )
 
 
-def infeasible(budget: int, least: int, binds: str, scope: str) -> BudgetError:
+def infeasible(budget: int, least: int, binds: str, request: Any) -> BudgetError:
     """The error that says what the smallest budget is and what stands in its way."""
+    other = "" if request.method == "auto" else ", or take method='auto', which may freeze layers"
     return BudgetError(
         f"{format_bytes(budget)} are not enough",
-        where=f"scope {scope!r}",
-        why=f"the smallest for this model, sample and method is {least:,} bytes ({format_bytes(least)}); {binds}",
-        fix="Raise the budget, make the sample's batch smaller, freeze more of the model, or take method='auto'.",
+        where=f"scope {request.scope!r}, method {request.method!r}",
+        why=f"the smallest for this model and sample is {least:,} bytes ({format_bytes(least)}); {binds}",
+        fix=f"Raise the budget, make the sample's batch smaller, or freeze more of the model{other}.",
     )
 
 

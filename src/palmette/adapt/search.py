@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from palmette.adapt.asi import AsiConfig
 from palmette.adapt.asi import options as asi_options
-from palmette.adapt.codec import Codec
+from palmette.adapt.codec import Codec, Keep
 from palmette.adapt.install import Before, input_shapes, install, remove
 from palmette.adapt.layer import Layer
 from palmette.adapt.low_bit import LowBitConfig
@@ -66,7 +66,7 @@ def searched(model: nn.Module, request: Request) -> MemoryPlan:
         return plain
     if request.method == "lossless":
         least = _peak(model, request, plain) if request.scope == "peak" else exact.nbytes
-        raise infeasible(request.budget or 0, least, what_binds(found, exact.codecs, exact.stock), request.scope)
+        raise infeasible(request.budget or 0, least, what_binds(found, exact.codecs, exact.stock), request)
     limit = max((entry.storage_bytes for entry in found.layers()), default=0)
     findings = probe(
         model, found, request.x, request.y, request.loss, _options(request), limit=max(limit, request.budget or 0)
@@ -161,8 +161,18 @@ class _Search:
 
     def too_small(self, least: int) -> Exception:
         """The error for a budget that cannot be met."""
-        exact = lossless(self.found)
-        return infeasible(self.request.budget or 0, least, what_binds(self.found, exact, ()), self.request.scope)
+        return infeasible(self.request.budget or 0, least, self._binds(), self.request)
+
+    def _binds(self) -> str:
+        """What stays kept when every layer takes its smallest form."""
+        if self.is_auto:
+            return "it trains the last layer alone, or one that keeps less"
+        smallest: dict[str, Codec] = {}
+        for entry in self.found.layers():
+            known = self.findings.get(entry.key)
+            sizes = {} if known is None else {c: c.nbytes(entry.shape, entry.itemsize) for c, _ in known.choices}
+            smallest[entry.key] = min(sizes, key=sizes.__getitem__, default=Keep())
+        return what_binds(self.found, smallest, ())
 
     def within(self, budget: int) -> MemoryPlan:
         """The plan for a bound on what is kept."""

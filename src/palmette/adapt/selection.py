@@ -210,7 +210,7 @@ def fill(view: View, order: Iterable[tuple[str, int]]) -> MemoryPlan:
     waiting = _take(view, chosen, waiting, budget - base)
     plan, nbytes = _plan(view)
     if nbytes > budget:
-        raise infeasible(budget, nbytes, f"the last layer, {view.head}, is always trained", view.request.scope)
+        raise infeasible(budget, nbytes, f"the last layer, {view.head}, is always trained", view.request)
     for _ in range(_REFILLS):  # layers that were not drawn keep less than was set aside for them
         first = min((places[key] for key in chosen), default=0)
         waiting = _take(view, chosen, [pair for pair in waiting if places[pair[0]] >= first], budget - nbytes)

@@ -211,7 +211,8 @@ class _Recorder(TorchFunctionMode):
         noted.out_storage = self.numbers.storage(result)
         noted.own_bytes = _own_bytes(operation, result)
         if operation.kind == "layer":
-            self.made_by[number] = index
+            if operation.bias is None or self.namer.name(operation.bias) is not None:
+                self.made_by[number] = index
         elif operation.kind in ("smooth", "recipe"):
             if operation.inplace and not noted.stays:
                 noted.storage = -1 - index  # the copy that is kept in place of the input

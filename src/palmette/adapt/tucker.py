@@ -112,42 +112,6 @@ def cheapest_order(numel: int, steps: tuple[tuple[int, int, int], ...]) -> tuple
     return best or (0, ())
 
 
-def spectra(x: Tensor) -> list[Tensor]:
-    """Energy of every direction of every mode: the squared singular values of the unfoldings, descending, in float64.
-
-    As many a mode as the smaller side of its unfolding. TrainingError where x is not finite.
-    """
-    with exact_arithmetic(x.device):
-        whole = _checked(x, None)[0].to(_finest(x.device))
-        found = []
-        for mode in range(x.ndim):
-            size = x.shape[mode]
-            flat = _unfold(whole, mode) if whole.numel() // size < size else None
-            gram = _gram(whole, mode) if flat is None else flat.T @ flat
-            # NaN compares false with everything, so that it would pass below for a direction without energy.
-            if not bool(torch.isfinite(gram).all()):
-                raise _not_finite()
-            found.append(torch.linalg.eigvalsh(gram).flip(0).clamp_min(0))
-        return found
-
-
-def ranks_for_energy(x: Tensor, energy: float) -> tuple[int, ...]:
-    """Smallest rank of each mode, taken by itself, that keeps this share of the tensor's energy (AMC's rule).
-
-    Energy is uncentred and each mode loses its own part: the form of these ranks may lose the sum of the parts. At
-    energy 1 the ranks are those of the unfoldings, up to the rounding of x. InputError outside 0 < energy <= 1.
-    """
-    if not 0 < energy <= 1:
-        raise InputError("the energy to keep must be above 0 and at most 1", why=f"it is {energy}")
-    rounding = torch.finfo(x.dtype).eps ** 2
-    ranks = []
-    for spectrum in spectra(x):
-        tails = spectrum.flip(0).cumsum(0).flip(0)  # tails[r]: what rank r leaves out, summed from the smallest up
-        noise = max(rounding, 4 * len(spectrum) * torch.finfo(spectrum.dtype).eps)
-        ranks.append(1 + int((tails[1:] > tails[0] * (1 - energy + noise)).sum()))
-    return tuple(ranks)
-
-
 def hosvd(x: Tensor, ranks: Sequence[int], *, sequential: bool = True, dtype: torch.dtype | None = None) -> Tucker:
     """Tucker form of x by the eigenvectors of its Gram matrices; lost energy <= the sum of what each mode leaves out.
 
@@ -158,7 +122,7 @@ def hosvd(x: Tensor, ranks: Sequence[int], *, sequential: bool = True, dtype: to
     always notice). Source: AMC; truncation in sequence: Vannieuwenhoven et al., 2012.
     """
     with exact_arithmetic(x.device):
-        x, kept = _checked(x, ranks)
+        x, kept = checked(x, ranks)
         generator = torch.Generator().manual_seed(0)
         core = x
         factors: list[Tensor | None] = [None] * x.ndim
@@ -172,15 +136,15 @@ def hosvd(x: Tensor, ranks: Sequence[int], *, sequential: bool = True, dtype: to
 def svd_hosvd(x: Tensor, ranks: Sequence[int]) -> Tucker:
     """Tucker form by a full thin SVD of every unfolding, as AMC's code does: the slow reference to compare with."""
     with exact_arithmetic(x.device):
-        core, kept = _checked(x, ranks)
+        core, kept = checked(x, ranks)
         whole = core
         factors: list[Tensor | None] = [None] * x.ndim
         for mode, rank in enumerate(kept):
             if rank < x.shape[mode]:
                 try:
-                    left = torch.linalg.svd(_unfold(whole, mode), full_matrices=False)[0]
+                    left = torch.linalg.svd(unfold(whole, mode), full_matrices=False)[0]
                 except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-                    raise _not_finite() from error
+                    raise not_finite() from error
                 factor = left[:, :rank].clone() if rank <= left.shape[1] else _orthonormal(left, rank)
                 core = mode_product(core, factor.T, mode)
                 factors[mode] = factor
@@ -204,7 +168,7 @@ def subspace_iteration(
     is exact. A basis that would not be finite is replaced by the one before it. dtype and errors as for `hosvd`.
     """
     with exact_arithmetic(x.device):
-        x, kept = _checked(x, ranks)
+        x, kept = checked(x, ranks)
         former: Bases = bases if bases is not None and len(bases) == x.ndim else (None,) * x.ndim
         core = x
         factors: list[Tensor | None] = [None] * x.ndim
@@ -231,7 +195,7 @@ def svd(x: Tensor, rank: int, *, dtype: torch.dtype | None = None) -> tuple[Tens
     By the Gram matrix of the smaller side. Errors and dtype as for `hosvd`. Source: AMC's SVD variant.
     """
     with exact_arithmetic(x.device):
-        x = _checked(x, None)[0].reshape(x.shape[0], -1)
+        x = checked(x, None)[0].reshape(x.shape[0], -1)
         kept = min(clamp_ranks((x.shape[0],), (rank,))[0], x.shape[1])
         generator = torch.Generator().manual_seed(0)
         if x.shape[1] < x.shape[0]:
@@ -247,12 +211,13 @@ def svd(x: Tensor, rank: int, *, dtype: torch.dtype | None = None) -> tuple[Tens
 # ---- what the decompositions are made of -----------------------------------------------------------------------------
 
 
-def _finest(device: torch.device) -> torch.dtype:
+def finest(device: torch.device) -> torch.dtype:
     """float64 where the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def _not_finite() -> TrainingError:
+def not_finite() -> TrainingError:
+    """The error for an activation with NaN or infinite numbers."""
     return TrainingError(
         "an activation cannot be decomposed",
         why="it holds NaN, an infinity, or values too large to be squared",
@@ -264,7 +229,7 @@ def _computable(x: Tensor) -> Tensor:
     return x.detach().to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _checked(x: Tensor, ranks: Sequence[int] | None) -> tuple[Tensor, tuple[int, ...]]:
+def checked(x: Tensor, ranks: Sequence[int] | None) -> tuple[Tensor, tuple[int, ...]]:
     """The tensor without its graph, contiguous, in the type to compute in, and the ranks to use."""
     if x.ndim < 2 or x.numel() == 0 or not x.is_floating_point():
         raise InputError(
@@ -282,17 +247,18 @@ def _split(x: Tensor, mode: int) -> tuple[int, int, int]:
     return math.prod(x.shape[:mode]), x.shape[mode], math.prod(x.shape[mode + 1 :])
 
 
-def _unfold(x: Tensor, mode: int) -> Tensor:
+def unfold(x: Tensor, mode: int) -> Tensor:
+    """The matrix [D_mode, rest]."""
     return x.movedim(mode, 0).reshape(x.shape[mode], -1)
 
 
-def _gram(x: Tensor, mode: int) -> Tensor:
+def gram_of(x: Tensor, mode: int) -> Tensor:
     """X X^T [D, D] of an unfolding; batched, without a copy of x, where the sum over the batch is no larger than x."""
     before, size, after = _split(x, mode)
     if before > 1 and after >= max(size, _WIDE):
         blocks = x.reshape(before, size, after)
         return torch.bmm(blocks, blocks.transpose(1, 2)).sum(0)
-    flat = _unfold(x, mode)
+    flat = unfold(x, mode)
     return flat @ flat.T
 
 
@@ -330,9 +296,9 @@ def _top(gram: Tensor, rank: int) -> Tensor:
         vectors: Tensor = torch.linalg.eigh(gram)[1]
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         if not torch.isfinite(gram).all():
-            raise _not_finite() from error
+            raise not_finite() from error
         # LAPACK gives up on some matrices of low rank in float32
-        vectors = torch.linalg.eigh(gram.to(_finest(gram.device)) / gram.abs().max())[1].to(gram.dtype)
+        vectors = torch.linalg.eigh(gram.to(finest(gram.device)) / gram.abs().max())[1].to(gram.dtype)
     return vectors[:, -rank:].flip(1)
 
 
@@ -341,10 +307,10 @@ def _leading(x: Tensor, mode: int, rank: int, generator: torch.Generator) -> Ten
     size = x.shape[mode]
     others = x.numel() // size
     if min(size, others) > _LARGE:
-        return _searched(_unfold(x, mode), rank, generator)
+        return _searched(unfold(x, mode), rank, generator)
     if others >= size:
-        return _top(_gram(x, mode), rank)
-    flat = _unfold(x, mode)
+        return _top(gram_of(x, mode), rank)
+    flat = unfold(x, mode)
     if others > rank:
         flat = flat @ _top(flat.T @ flat, rank)
     return _orthonormal(flat, rank)  # dividing by the singular values instead would not survive small ones
@@ -369,7 +335,7 @@ def _gaussian(shape: tuple[int, int], like: Tensor, generator: torch.Generator) 
 
 def _cold(x: Tensor, mode: int, rank: int, generator: torch.Generator) -> Tensor:
     """The published first step: the span of X times Gaussian numbers."""
-    flat = _unfold(x, mode)
+    flat = unfold(x, mode)
     return _orthonormal(flat @ _gaussian((flat.shape[1], rank), flat, generator), rank)
 
 
@@ -381,7 +347,7 @@ def _one_pass(x: Tensor, mode: int, basis: Tensor) -> Tensor:
         blocks = x.reshape(before, size, after)
         columns = torch.bmm(blocks, torch.matmul(basis.T, blocks).transpose(1, 2)).sum(0)
     else:
-        flat = _unfold(x, mode)
+        flat = unfold(x, mode)
         columns = flat @ (flat.T @ basis)
     return _orthonormal(columns, rank)
 

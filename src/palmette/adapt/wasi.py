@@ -1,9 +1,9 @@
 """WASI: weights and inputs of linear layers in a subspace; neither the dense weight nor its gradient ever exists.
 
 Idea: a fine-tuned weight stays near a subspace of few directions, so it is kept as L R and moved by one pass of
-subspace iteration per step, while inputs are kept as ASI does. Paper: "Weight-Activation Subspace Iteration", ICLR 2026 (arXiv
-2510.09160). What differs: the released code keeps the dense weight and projects it after a dense step; here the thin
-step of the same update is taken from the factors (spec adapt 6): R'^T = R^T (L^T L) - rate U (T^T L) and
+subspace iteration per step, while inputs are kept as ASI does. Paper: "Weight-Activation Subspace Iteration", ICLR 2026
+(arXiv 2510.09160). What differs: the released code keeps the dense weight and projects it after a dense step; here the
+thin step of the same update is taken from the factors (spec adapt 6): R'^T = R^T (L^T L) - rate U (T^T L) and
 L' = orth(L (R R'^T) - rate T (U^T R'^T)) with the weight gradient T U^T. Truncated parts are lost at every step, unless
 `error_feedback` keeps them in a dense buffer, which costs a weight's memory and is there to measure what they matter.
 Shapes: weight [O, I] -> L [O, K], R [K, I]. Cost of a step: K (O + I) (K + r). Undoing gives L R: near the weight.

@@ -11,6 +11,8 @@ import typer
 from palmette.cli import options as opt
 from palmette.cli import tables
 
+_VERBS = {"shrink": "", "adapt": " (and its own auto and lossless, without options)"}
+
 
 def sites(
     model: opt.ModelSpec,
@@ -60,9 +62,12 @@ def measure(
     batch: Annotated[int, typer.Option(min=1, help="Batch size for memory and latency.")] = 1,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; default: torch's.")] = None,
     profile: Annotated[str, typer.Option(help="Device profile whose limits to compare with.")] = "cpu",
+    training: Annotated[
+        bool, typer.Option("--training", help="Also what one training step keeps for backward, and its peak.")
+    ] = False,
     trust: opt.Trust = False,
 ) -> None:
-    """Say what a network costs: parameters, MACs, depth, peak memory, latency.
+    """Say what a network costs: parameters, MACs, depth, peak memory, latency; with --training, what training keeps.
 
     Example: palmette measure -m torchvision:resnet18 --image-size 224 --runtime eager --runtime onnxruntime
     """
@@ -71,6 +76,13 @@ def measure(
     network, example = opt.load_model(model, weights, data, image_size, classes, trust)
     runtimes = tuple(runtime or ("eager",))
     tables.say(str(measure_network(network, example, profile, runtimes=runtimes, batch=batch, threads=threads)))
+    if training:
+        from palmette.graph.inputs import with_batch
+        from palmette.meter.training import measure_training
+
+        tables.say(f"\nOne training step at batch {batch}, in train mode, the mean of the output as loss")
+        for line in str(measure_training(network.train(), with_batch(example, batch))).splitlines():
+            tables.say(line)
 
 
 def methods(
@@ -78,7 +90,7 @@ def methods(
         str | None, typer.Argument(metavar="[NAME]", show_default=False, help="A method, to see its options.")
     ] = None,
 ) -> None:
-    """List the registered methods with paper and unit of their score, or the options of one.
+    """List the registered methods by the command that uses them, with paper and unit of their score, or one's options.
 
     Example: palmette methods auto
     """
@@ -94,11 +106,15 @@ def methods(
         else:
             tables.say("It has no options")
         return
-    rows = [
-        (m.name, m.ranks, m.unit, m.title if m.paper.startswith("none") else f"{m.title}. {m.paper}")
-        for m in registered()
-    ]
-    tables.console.print(tables.plain("Methods", ("name", "ranks", "unit of score", "what it does; paper"), rows))
+    for verb, note in _VERBS.items():
+        rows = [
+            (m.name, m.ranks, m.unit, m.title if m.paper.startswith("none") else f"{m.title}. {m.paper}")
+            for m in registered()
+            if m.verb == verb
+        ]
+        title = f"Methods of palmette {verb}{note}"
+        tables.console.print(tables.plain(title, ("name", "ranks", "unit of score", "what it does; paper"), rows))
+        tables.console.print()
 
 
 def option_rows(config: type) -> list[tuple[str, str, str]]:

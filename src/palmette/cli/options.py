@@ -108,13 +108,32 @@ Precision = Annotated[
 
 def method_config(method: str, options: list[str] | None) -> Any:
     """The method's config from texts such as "rate=0.5"; None without any. Raises InputError, UnknownMethod."""
-    from palmette.errors import InputError
     from palmette.registry import get_method
 
-    if not options:
+    return get_method(method).make_config(**typed(options)) if options else None
+
+
+def method_options(method: str, options: list[str] | None, *, verb: str) -> Any:
+    """The options of a method of this verb, whose own "auto" and "lossless" have none.
+
+    Raises InputError for a method of another verb and for options that it does not have, UnknownMethod.
+    """
+    from palmette.errors import InputError
+    from palmette.registry import method_of
+
+    if method in ("auto", "lossless"):
+        if options:
+            raise InputError(f"method {method!r} of palmette {verb} has no options", fix="Leave --option out")
         return None
+    return method_of(verb, method).make_config(**typed(options))
+
+
+def typed(options: list[str] | None) -> dict[str, Any]:
+    """Names and values from texts such as "rate=0.5". Raises InputError."""
+    from palmette.errors import InputError
+
     given: dict[str, Any] = {}
-    for text in options:
+    for text in options or []:
         name, equals, value = text.partition("=")
         if not equals or not name.strip():
             raise InputError(f"--option {text!r} is no NAME=VALUE", fix="Write for instance --option batches=4")
@@ -122,7 +141,25 @@ def method_config(method: str, options: list[str] | None) -> Any:
             given[name.strip().replace("-", "_")] = json.loads(value)
         except ValueError:
             given[name.strip().replace("-", "_")] = value
-    return get_method(method).make_config(**given)
+    return given
+
+
+def device_of(name: str | None) -> Any:
+    """The device of that name; a GPU if there is one, else the CPU, where no name is given. Raises InputError."""
+    import torch
+
+    from palmette.errors import InputError
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            f"there is no device {name!r}", why=str(error).splitlines()[0], fix="Write cpu or cuda"
+        ) from error
+    return device
 
 
 def load_pair(

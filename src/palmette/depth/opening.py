@@ -30,7 +30,7 @@ from palmette.errors import InputError, PalmetteError, TrainingError
 from palmette.graph import capture, find_sites, weights_hash
 from palmette.graph.inputs import Example, batch_size, with_batch
 from palmette.meter.table import CostTable
-from palmette.registry import Method, MethodConfig, get_method
+from palmette.registry import Method, MethodConfig, method_of
 from palmette.run import Run
 from palmette.train.labels import is_cross_entropy
 from palmette.train.loop import HealConfig
@@ -137,7 +137,7 @@ def check_request(
 
     Raises UnknownMethod or InputError.
     """
-    chosen = get_method(method)
+    chosen = method_of("shrink", method)
     Settings(max_drop=max_drop)
     target_ms(target_latency, 1.0)
     return chosen, _config(chosen, config, reproduce)
