@@ -85,7 +85,7 @@ def main() -> None:
     """Cap the process, then train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vanilla", action="store_true", help="train without Palmette")
-    parser.add_argument("--cap", type=int, default=160, metavar="MIB", help="what the process may map beyond its start")
+    parser.add_argument("--cap", type=int, default=224, metavar="MIB", help="what the process may map beyond its start")
     parser.add_argument("--budget", default="6MiB", help="what may be kept for backward")
     parser.add_argument("--steps", type=int, default=30)
     options = parser.parse_args()
