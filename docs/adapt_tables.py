@@ -55,8 +55,10 @@ def bytes_table() -> str:
         return ""
     head = ("MiB kept / at the peak", "stock", "checkpoint", "LoRA, rank 8", *COLUMNS[3:])
     text = (
-        "Everything trainable but batch norms' statistics, 224 px where nothing else is said. Stock is torch alone, checkpoint its own "
-        "`checkpoint` around each block, LoRA that of PEFT. Every adapted step kept exactly the bytes that were predicted. A dash was "
+        "Everything trainable but batch norms' statistics, 224 px where nothing else is said. Stock is torch alone, "
+        "checkpoint its own "
+        "`checkpoint` around each block, LoRA that of PEFT. Every adapted step kept exactly the bytes that were "
+        "predicted. A dash was "
         "not run. By `benchmarks/adapt/bytes.py`."
     )
     return f"### Bytes\n\n{text}\n\n{table(head, lines)}"
@@ -64,7 +66,7 @@ def bytes_table() -> str:
 
 def _pair(row: dict[str, Any]) -> str:
     if "saved_bytes" not in row:
-        return "–"
+        return "-"
     return f"{mebibytes(row['saved_bytes'])} / {mebibytes(row['peak_bytes'])}"
 
 
@@ -76,11 +78,11 @@ def codec_table() -> str:
         cells = [found.get(f"{network} b8 {codec} 1/20", {}) for codec in CODECS]
         stock = found.get(f"{network} b8 stock", {}).get("saved_bytes", 0)
         if any("saved_bytes" in cell for cell in cells):
-            shown = [f"1/{stock / cell['saved_bytes']:.3g}" if "saved_bytes" in cell else "–" for cell in cells]
+            shown = [f"1/{stock / cell['saved_bytes']:.3g}" if "saved_bytes" in cell else "-" for cell in cells]
             lines.append((name, *shown))
     if not lines:
         return ""
-    text = "Each codec alone, every layer trained, asked for 1/20 of the bytes: what was reached (the next feasible where 1/20 was not)."
+    text = "Each codec alone, every layer trained, asked for 1/20 of the bytes: what was reached."
     return f"{text}\n\n{table(('share of stock', *CODECS), lines)}"
 
 
@@ -102,18 +104,31 @@ def paper_table() -> str:
                 f"{vanilla / floor:.3g}x",
                 f"{100 * floor / ours:.0f} %",
                 f"{100 * reach / ours:.0f} %",
-                f"{vanilla / row['released_bytes']:.3g}x" if "swapped_bytes" in row else "–",
+                f"{vanilla / row['released_bytes']:.3g}x" if "swapped_bytes" in row else "-",
             )
         )
     if not lines:
         return ""
     text = (
-        "The papers' settings at their published sizes of the factors. They count the inputs of the chosen layers alone; ours is all that "
-        "autograd keeps, measured on tensors without data. The floor is what exact input gradients ask for when layer inputs cost nothing. "
-        "In ResNet-18 the published factors are larger than the floor itself, so that no method could come nearer to it than half; the "
-        "last but one column counts floor and factors together. The last column leaves the other operations as torch has them."
+        "The papers' settings at their published sizes of the factors. They count the inputs of the chosen layers "
+        "alone; ours is all that "
+        "autograd keeps, measured on tensors without data. The floor is what exact input gradients ask for when "
+        "layer inputs cost nothing. "
+        "In ResNet-18 the published factors are larger than the floor itself, so that no method could come nearer to "
+        "it than half; the "
+        "last but one column counts floor and factors together. The last column leaves the other operations as torch "
+        "has them."
     )
-    head = ("", "stock, MiB", "papers' count", "measured", "floor", "share of the floor", "of floor + factors", "released way")
+    head = (
+        "",
+        "stock, MiB",
+        "papers' count",
+        "measured",
+        "floor",
+        "share of the floor",
+        "of floor + factors",
+        "released way",
+    )
     return f"### The papers' settings\n\n{text}\n\n{table(head, lines)}"
 
 
@@ -130,15 +145,17 @@ def gradient_table() -> str:
     if not lines:
         return ""
     text = (
-        "Gradients of MCUNet-5fps on CIFAR-10 at 96 px, batch 32, on images that the plan has not seen: cosine to the true gradient of "
-        "all weights, and relative error. In brackets the share that was reached where 1/50 was not feasible. By `gradients.py`."
+        "Gradients of MCUNet-5fps on CIFAR-10 at 96 px, batch 32, on images that the plan has not seen: cosine to "
+        "the true gradient of "
+        "all weights, and relative error. In brackets the share that was reached where 1/50 was not feasible. By "
+        "`gradients.py`."
     )
     return f"### Gradients\n\n{text}\n\n{table(('', *columns), lines)}"
 
 
 def _gradient(row: dict[str, Any]) -> str:
     if "cosine" not in row:
-        return "–"
+        return "-"
     share = row["stock_saved_bytes"] / row["saved_bytes"]
     asked = row["stock_saved_bytes"] / row["budget_bytes"] if row.get("budget_bytes") else share
     note = f" (1/{share:.0f})" if share < 0.8 * asked or (asked < 45 and asked > 22) else ""
@@ -158,14 +175,15 @@ def speed_table() -> str:
     if not lines:
         return ""
     text = (
-        "Time of a training step divided by stock's, forward, backward and SGD, batch 16, one thread: medians of interleaved runs with "
+        "Time of a training step divided by stock's, forward, backward and SGD, batch 16, one thread: medians of "
+        "interleaved runs with "
         "their 95 % interval. Stock again is the noise of the comparison. By `speed.py`."
     )
     return f"### Time\n\n{text}\n\n{table(('', *arms), lines)}"
 
 
 def _ratio(arm: dict[str, Any]) -> str:
-    return f"{arm['ratio']:.2f} [{arm['low']:.2f}, {arm['high']:.2f}]" if "ratio" in arm else "–"
+    return f"{arm['ratio']:.2f} [{arm['low']:.2f}, {arm['high']:.2f}]" if "ratio" in arm else "-"
 
 
 def accuracy_tables() -> list[str]:
@@ -179,8 +197,10 @@ def accuracy_tables() -> list[str]:
 
 
 ACCURACY = (
-    "The papers' networks with ImageNet weights and a new head, fine-tuned for a few epochs at 96 px, batch 32, SGD without momentum, "
-    "the rate chosen per method on validation images; every method sees the same images. Test: 4,000 images, looked at once. The "
+    "The papers' networks with ImageNet weights and a new head, fine-tuned for a few epochs at 96 px, batch 32, SGD "
+    "without momentum, "
+    "the rate chosen per method on validation images; every method sees the same images. Test: 4,000 images, looked "
+    "at once. The "
     "difference is paired per image against full fine-tuning, pooled over seeds, with its 95 % interval."
 )
 
@@ -220,7 +240,7 @@ def _difference(full: dict[int, Any], found: dict[int, Any]) -> str:
 
     seeds = sorted(set(full) & set(found))
     if not seeds:
-        return "–"
+        return "-"
 
     def right(row: dict[str, Any]) -> Any:
         flags = np.ones(row["n"], dtype=bool)

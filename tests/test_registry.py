@@ -12,11 +12,14 @@ from typing import Annotated, Literal
 import pytest
 
 from palmette import registry
+from palmette.adapt import battery as adapt_battery
 from palmette.depth import battery
 from palmette.errors import InputError, UnknownMethod, VerifyError
 from palmette.registry import Bounds, Method, MethodConfig, check_method, get_method, method, methods
 
 NAMES = [entry.name for entry in methods()]
+BATTERIES = {"depth": battery.CHECKS, "adapt": adapt_battery.CHECKS}
+CASES = [(entry.name, check) for entry in methods() for check in BATTERIES[entry.wing]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,10 +91,10 @@ def test_two_methods_of_one_name_are_refused() -> None:
     assert get_method("easier").sites == "activation"
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("check", list(battery.CHECKS))
+@pytest.mark.parametrize(("name", "check"), CASES)
 def test_behaviour(name: str, check: str) -> None:
-    battery.CHECKS[check](get_method(name))
+    entry = get_method(name)
+    BATTERIES[entry.wing][check](entry)
 
 
 def _broken(**changes: object) -> Method:

@@ -38,7 +38,7 @@ CLASSES, BATCH, CLIP = 10, 32, 2.0
 
 
 def images(name: str, split: str, count: int) -> tuple[Tensor, Tensor]:
-    """The first images of a split in 0..1 [n, 3, 32, 32], and labels; Fashion-MNIST's test set serves as val and test."""
+    """First images of a split in 0..1 [n, 3, 32, 32], and labels; Fashion-MNIST's test set serves as val and test."""
     load = stored._import(stored.folder() / "load.py")
     if name == "cifar10":
         x, y = load.cifar10(split)
@@ -107,9 +107,8 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor, pixels: int) -> np.ndarray:
     """Whether each image is told right."""
     model.eval()
     with torch.no_grad():
-        right = [
-            (model(prepared(x[i : i + 100], pixels)).flatten(1).argmax(1) == y[i : i + 100]) for i in range(0, len(x), 100)
-        ]
+        pairs = zip(x.split(100), y.split(100), strict=True)
+        right = [model(prepared(a, pixels)).flatten(1).argmax(1) == b for a, b in pairs]
     model.train()
     return torch.cat(right).numpy()
 
@@ -144,7 +143,9 @@ def trained(
     return {"val": float(val.mean()), "rate": rate, **trainee.figures, "model": trainee.model}
 
 
-def row(options: argparse.Namespace, method: str, seed: int, rate: float, budget: int | None, data: Any) -> dict[str, Any]:
+def row(
+    options: argparse.Namespace, method: str, seed: int, rate: float, budget: int | None, data: Any
+) -> dict[str, Any]:
     """A row of the results."""
     found = trained(options, method, seed, rate, budget, data)
     right = accuracy(found.pop("model"), *data["test"], options.pixels)
@@ -196,9 +197,7 @@ def main() -> None:
             for method in options.methods:
                 bound = None if method in PLAIN or ":" in method else budget
                 key = f"{method}/{'none' if bound is None else bound}/{recipe}"
-                rate = chosen_rate(
-                    rows, key, lambda r, m=method, b=bound: trained(short, m, 0, r, b, data)
-                )
+                rate = chosen_rate(rows, key, lambda r, m=method, b=bound: trained(short, m, 0, r, b, data))
                 rows.once(
                     f"{key}/seed{seed}",
                     lambda m=method, s=seed, r=rate, b=bound: {"vanilla": vanilla, **row(options, m, s, r, b, data)},

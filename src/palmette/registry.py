@@ -20,10 +20,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from palmette.errors import InputError, UnknownMethod
+from palmette.errors import InputError, UnknownMethod, VerifyError
 from palmette.usercode import is_file_spec, user_function
 
 WINGS = ("depth", "adapt", "supernet", "sparsity", "fairness")
+
+_VERBS = {"depth": "shrink", "adapt": "adapt"}
 
 SiteKind = Literal["activation", "block", "span", "layer", "convolution", "input", "channel"]
 ScoreFunction = Callable[..., dict[str, float]]
@@ -168,8 +170,7 @@ class Method:
     @property
     def verb(self) -> str:
         """The command that uses it: one of your own is told by the sites that it ranks."""
-        verbs = {"depth": "shrink", "adapt": "adapt"}
-        return verbs.get(self.wing) or ("adapt" if self.sites in ("input", "channel") else "shrink")
+        return _VERBS.get(self.wing) or ("adapt" if self.sites in ("input", "channel") else "shrink")
 
     @property
     def ranks(self) -> str:
@@ -306,10 +307,34 @@ def check_method(name: str | Method) -> list[str]:
     Raises VerifyError naming the first check that fails and what it saw.
     """
     entry = get_method(name)
-    wing = entry.wing if importlib.util.find_spec(f"palmette.{entry.wing}") is not None else "depth"
+    wing = next(wing for wing, verb in _VERBS.items() if verb == entry.verb)
     battery = importlib.import_module(f"palmette.{wing}.battery")
     passed: list[str] = []
     for label, check in battery.CHECKS.items():
         check(entry)
         passed.append(label)
     return passed
+
+
+def bounds_enforced(method: Method) -> None:
+    """Values beyond a field's bounds or choices are refused, unknown options too."""
+    for name, hint in get_type_hints(method.config, include_extras=True).items():
+        for value in _beyond(hint):
+            _refuses(method, {name: value})
+    _refuses(method, {"no_such_option": 1})
+
+
+def _beyond(hint: Any) -> list[Any]:
+    if get_origin(hint) is not Annotated:
+        return [object()]
+    bounds = [mark for mark in get_args(hint) if isinstance(mark, Bounds)]
+    ends = [end for bound in bounds for end in (bound.low - 1, bound.high + 1) if math.isfinite(end)]
+    return [object(), *ends]
+
+
+def _refuses(method: Method, options: dict[str, Any]) -> None:
+    try:
+        method.make_config(**options)
+    except InputError:
+        return
+    raise VerifyError(f"method {method.name!r}: accepts {options}")

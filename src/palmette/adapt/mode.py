@@ -31,7 +31,7 @@ Compute = Callable[[Tensor], Tensor]
 
 def saving_hooks() -> Any:
     """The hook that is handed what autograd keeps just now, or None."""
-    found = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    found: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return None if found is None else found[0]
 
 

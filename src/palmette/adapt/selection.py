@@ -144,7 +144,8 @@ class _Outputs(torch.overrides.TorchFunctionMode):
         if operation is not None and operation.kind == "layer" and operation.weight is not None:
             key = self.namer.layer(operation.weight)
             if key in self.keys:
-                moved = result if operation.layer is not None and operation.layer.kind == "conv" else result.mT
+                conv = operation.layer is not None and operation.layer.kind == "conv"
+                moved = result if conv else result.movedim(-1, 1)
                 self.found[key] = moved.reshape(moved.shape[0], moved.shape[1], -1).clone()
         return result
 

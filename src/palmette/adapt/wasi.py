@@ -4,7 +4,8 @@ Idea: a fine-tuned weight stays near a subspace of few directions, so it is kept
 subspace iteration per step, while inputs are kept as ASI does. Paper: "Weight-Activation Subspace Iteration", ICLR 2026
 (arXiv 2510.09160). What differs: the released code keeps the dense weight and projects it after a dense step; here the
 thin step of the same update is taken from the factors (spec adapt 6): R'^T = R^T (L^T L) - rate U (T^T L) and
-L' = orth(L (R R'^T) - rate T (U^T R'^T)) with the weight gradient T U^T. Truncated parts are lost at every step, unless
+L' = orth(L (R R'^T) - rate T (U^T R'^T)) with the weight gradient T U^T. Then R' is projected on L', the nearest
+product; `reproduce=True` leaves it on the L before, one step late, as published. Truncated parts are lost, unless
 `error_feedback` keeps them in a dense buffer, which costs a weight's memory and is there to measure what they matter.
 Shapes: weight [O, I] -> L [O, K], R [K, I]. Cost of a step: K (O + I) (K + r). Undoing gives L R: near the weight.
 """
@@ -38,11 +39,13 @@ class WasiConfig(MethodConfig):
     """weight_energy: share of a weight's squared singular values that its factors keep.
 
     energy: HOSVD's rule for the ranks of the inputs, instead of the budget. error_feedback: keep what truncation drops.
+    reproduce: R belongs to the L of the step before, as published.
     """
 
     weight_energy: Annotated[float, Bounds(low=0.0, low_open=True, high=1.0)] = 0.9
     energy: Annotated[float | None, Bounds(low=0.0, low_open=True, high=1.0)] = None
     error_feedback: bool = False
+    reproduce: bool = False
 
 
 @method(
@@ -68,7 +71,7 @@ class FactoredLinear(nn.Module):
         left, right = factors(layer.weight.detach(), config.weight_energy)
         self.left, self.right = nn.Parameter(left, requires_grad=False), nn.Parameter(right, requires_grad=False)
         self.bias = layer.bias
-        self.codec = codec
+        self.codec, self.lagged = codec, config.reproduce
         self.state: State = {}
         self.pending: list[tuple[Tensor, Tensor | None]] = []
         self.residual = torch.zeros_like(layer.weight) if config.error_feedback else None
@@ -96,10 +99,10 @@ class FactoredLinear(nn.Module):
         left, right = self.left.detach(), self.right.detach() * (1 - rate * decay)
         if self.residual is not None:
             whole = left @ right + self.residual - rate * sum(_product(t, u) for t, u in self.pending)
-            new_left, new_right = iterated(whole, left)
+            new_left, new_right = iterated(whole, left, lagged=self.lagged)
             self.residual = whole - new_left @ new_right
         else:
-            new_left, new_right = thin_step(left, right, self.pending, rate)
+            new_left, new_right = thin_step(left, right, self.pending, rate, lagged=self.lagged)
         self.left.copy_(new_left)
         self.right.copy_(new_right)
         self.pending.clear()
@@ -140,25 +143,45 @@ def factors(weight: Tensor, energy: float) -> tuple[Tensor, Tensor]:
 
 
 def thin_step(
-    left: Tensor, right: Tensor, gradient: list[tuple[Tensor, Tensor | None]], rate: float
+    left: Tensor, right: Tensor, gradient: list[tuple[Tensor, Tensor | None]], rate: float, *, lagged: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """L', R' after a step along sum of T U^T, without a tensor [O, I] (spec adapt 6)."""
+    """L', R' after a step along sum of T U^T, without a tensor [O, I] (spec adapt 6).
+
+    lagged: R' belongs to the L before the step, as published; otherwise it is projected on L', the nearest product.
+    """
     with exact_arithmetic(left.device):
-        new_right = right.T @ (left.T @ left)
+        new_right = _projected(left, right, gradient, rate, left)
+        moved = left @ (right @ new_right.T)
         for t, u in gradient:
-            inner = t.T @ left
-            new_right = new_right - rate * (inner if u is None else u @ inner)
-        moved = left @ (right @ new_right)
-        for t, u in gradient:
-            moved = moved - rate * (t @ (new_right if u is None else u.T @ new_right))
-        return torch.linalg.qr(moved)[0].contiguous(), new_right.T.contiguous()
+            moved = moved - rate * (t @ (new_right.T if u is None else u.T @ new_right.T))
+        new_left = _orthonormal(moved)
+        return new_left, new_right if lagged else _projected(left, right, gradient, rate, new_left)
 
 
-def iterated(whole: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
+def _projected(
+    left: Tensor, right: Tensor, gradient: list[tuple[Tensor, Tensor | None]], rate: float, basis: Tensor
+) -> Tensor:
+    """basis^T (L R - rate sum of T U^T), [K, I]."""
+    found = (basis.T @ left) @ right
+    for t, u in gradient:
+        inner = basis.T @ t
+        found = found - rate * (inner if u is None else inner @ u.T)
+    return found.contiguous()
+
+
+def _orthonormal(columns: Tensor) -> Tensor:
+    """The same span, orthonormal, each column on the side of its own: a sign that flips would part L from R."""
+    q, r = torch.linalg.qr(columns)
+    signed: Tensor = q * torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)
+    return signed.contiguous()
+
+
+def iterated(whole: Tensor, left: Tensor, *, lagged: bool = False) -> tuple[Tensor, Tensor]:
     """The same pass on a dense matrix: R'^T = W^T L, L' = orth(W R'^T); Algorithm 1 of the paper."""
     with exact_arithmetic(whole.device):
-        new_right = whole.T @ left
-        return torch.linalg.qr(whole @ new_right)[0].contiguous(), new_right.T.contiguous()
+        new_right = (whole.T @ left).T
+        new_left = _orthonormal(whole @ new_right.T)
+        return new_left, (new_right if lagged else new_left.T @ whole).contiguous()
 
 
 def _product(t: Tensor, u: Tensor | None) -> Tensor:

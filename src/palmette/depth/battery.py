@@ -12,7 +12,7 @@ import math
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,10 +21,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from palmette.depth.prepared import keep
 from palmette.depth.shrink import ShrinkResult, shrink
-from palmette.errors import InputError, PalmetteError, VerifyError
+from palmette.errors import PalmetteError, VerifyError
 from palmette.graph import Candidate, Edit, Plan, candidates, capture, edits_of, load
 from palmette.graph.candidates import EDITS
-from palmette.registry import Bounds, Method
+from palmette.registry import Method, bounds_enforced
 from palmette.train.constraints import zeros_kept
 from palmette.train.loop import HealConfig, LossTerm, heal
 
@@ -157,30 +157,6 @@ def input_untouched(method: Method) -> None:
     _require(same, method, "changes weights or buffers of the network that it scores")
     _require(captured.code == code, method, "changes the graph of the network that it scores")
     _require([module.training for module in captured.modules()] == modes, method, "changes the network's mode")
-
-
-def bounds_enforced(method: Method) -> None:
-    """Values beyond a field's bounds or choices are refused, unknown options too."""
-    for name, hint in get_type_hints(method.config, include_extras=True).items():
-        for value in _beyond(hint):
-            _refuses(method, {name: value})
-    _refuses(method, {"no_such_option": 1})
-
-
-def _beyond(hint: Any) -> list[Any]:
-    if get_origin(hint) is not Annotated:
-        return [object()]
-    bounds = [mark for mark in get_args(hint) if isinstance(mark, Bounds)]
-    ends = [end for bound in bounds for end in (bound.low - 1, bound.high + 1) if math.isfinite(end)]
-    return [object(), *ends]
-
-
-def _refuses(method: Method, options: dict[str, Any]) -> None:
-    try:
-        method.make_config(**options)
-    except InputError:
-        return
-    raise VerifyError(f"method {method.name!r}: accepts {options}")
 
 
 def _edits(method: Method, candidate: Candidate) -> list[Edit]:
