@@ -3,8 +3,8 @@
     python examples/capped.py --vanilla     # torch alone: dies
     python examples/capped.py               # Palmette: learns, under the same cap
 
-The cap is RLIMIT_AS: what the process has mapped when the network and the data are loaded, and `--cap` MiB more. Without
-a cap, `--cap 0`, both learn, and vanilla's peak is printed.
+The cap is RLIMIT_AS: what the process has mapped when the network and the data are loaded, and `--cap` MiB more.
+Without a cap, `--cap 0`, both learn, and the peak is printed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import os
 import resource
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ class Block(nn.Module):
         nn.init.zeros_(self.second.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x plus what the block adds."""
+        """X plus what the block adds."""
         y: Tensor = x + self.second(F.relu(self.first(F.relu(x))))
         return y
 
@@ -57,13 +58,12 @@ def return_freed_memory() -> None:
     """Start again with an allocator that hands freed tensors back at once, so that the cap meets what is in use."""
     if "MALLOC_MMAP_THRESHOLD_" not in os.environ:
         settings = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | settings)
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | settings)  # itself again
 
 
 def mapped() -> int:
     """Bytes of address space that the process uses."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[0]) * resource.getpagesize()
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
 def cap(mebibytes: int) -> None:

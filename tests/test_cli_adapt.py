@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from palmette.adapt import session
 from palmette.cli import main
 from palmette.models import build
+from palmette.ondevice import session
 from palmette.resolve import load_weights
 
 MLP = ("-m", "palmette:mlp", "-d", "digits")

@@ -27,7 +27,7 @@ ROOMS = (
     ("graph", "meter"),  # a merge is timed by the meter, the meter reads captured graphs; no cycle between modules
     ("train",),
     ("resolve", "deploy", "report", "trials"),
-    ("depth", "adapt", "supernet", "sparsity", "fairness"),
+    ("depth", "ondevice", "supernet", "sparsity", "fairness"),
     ("cli",),
     ("__main__", "__init__"),
 )

@@ -12,13 +12,13 @@ from typing import Annotated, Literal
 import pytest
 
 from palmette import registry
-from palmette.adapt import battery as adapt_battery
 from palmette.depth import battery
 from palmette.errors import InputError, UnknownMethod, VerifyError
+from palmette.ondevice import battery as adapt_battery
 from palmette.registry import Bounds, Method, MethodConfig, check_method, get_method, method, methods
 
 NAMES = [entry.name for entry in methods()]
-BATTERIES = {"depth": battery.CHECKS, "adapt": adapt_battery.CHECKS}
+BATTERIES = {"depth": battery.CHECKS, "ondevice": adapt_battery.CHECKS}
 CASES = [(entry.name, check) for entry in methods() for check in BATTERIES[entry.wing]]
 
 

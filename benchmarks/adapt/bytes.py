@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from palmette.adapt.adapt import adapt
 from palmette.compat import optional, torchvision
 from palmette.errors import BudgetError
 from palmette.meter.training import TrainingMemory, measure_training
+from palmette.ondevice.adapt import adapt
 
 CODECS = ("asi", "hosvd", "svd", "low_bit", "fixed_projection", "gradient_filter")
 SHARES = (10, 50, 100)

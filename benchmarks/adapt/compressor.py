@@ -21,10 +21,10 @@ import torch
 from setups import Rows
 from torch import Tensor
 
-from palmette.adapt.factor_gradients import conv_weight_gradient, linear_weight_gradient
-from palmette.adapt.layer import Layer, conv_layer, linear_layer
-from palmette.adapt.tucker import Bases, Tucker, dense, hosvd, mode_product, subspace_iteration, svd_hosvd
 from palmette.meter.latency import interleave
+from palmette.ondevice.factor_gradients import conv_weight_gradient, linear_weight_gradient
+from palmette.ondevice.layer import Layer, conv_layer, linear_layer
+from palmette.ondevice.tucker import Bases, Tucker, dense, hosvd, mode_product, subspace_iteration, svd_hosvd
 
 SHAPES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "digits CNN conv": ((64, 64, 16, 16), (8, 8, 4, 4)),

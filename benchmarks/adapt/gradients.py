@@ -24,11 +24,11 @@ from stored import folder
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from palmette.adapt.adapt import adapt
-from palmette.adapt.adaptation import Adaptation
-from palmette.adapt.trace import trace
 from palmette.errors import BudgetError
 from palmette.meter.training import default_loss
+from palmette.ondevice.adapt import adapt
+from palmette.ondevice.adaptation import Adaptation
+from palmette.ondevice.trace import trace
 from palmette.resolve import resolve_data
 
 METHODS = ("auto", "asi", "hosvd", "svd", "low_bit", "fixed_projection", "gradient_filter")

@@ -55,7 +55,7 @@ def along(memory: TrainingMemory) -> dict[str, int]:
 
 def measured() -> dict[str, Any]:
     """The three steps."""
-    from palmette.adapt.adapt import adapt
+    from palmette.ondevice.adapt import adapt
 
     model = setups.network("mobilenet_v2", PIXELS)
     x, y = setups.sample(BATCH, PIXELS)

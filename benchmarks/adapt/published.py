@@ -27,14 +27,14 @@ from setups import MIB, Rows, layers, network, sample
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
-from palmette.adapt.adapt import adapt
-from palmette.adapt.asi import Asi
-from palmette.adapt.codec import Codec, Keep, Recompute
-from palmette.adapt.plan import MemoryPlan
-from palmette.adapt.planner import lossless, stock_of
-from palmette.adapt.trace import Call, Trace, saved_bytes, trace
-from palmette.adapt.tucker import elements
 from palmette.meter.training import default_loss
+from palmette.ondevice.adapt import adapt
+from palmette.ondevice.asi import Asi
+from palmette.ondevice.codec import Codec, Keep, Recompute
+from palmette.ondevice.plan import MemoryPlan
+from palmette.ondevice.planner import lossless, stock_of
+from palmette.ondevice.trace import Call, Trace, saved_bytes, trace
+from palmette.ondevice.tucker import elements
 
 BUDGETS = {("resnet18", 2): 1.51, ("resnet18", 4): 1.92, ("mobilenet_v2", 2): 0.259, ("mobilenet_v2", 4): 0.678}
 SWIN_BUDGET = 311.0

@@ -28,10 +28,10 @@ from torch.autograd.profiler_util import EventList
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from palmette.adapt.adapt import adapt
-from palmette.adapt.codec import Recompute
-from palmette.adapt.trace import saved_bytes, trace
 from palmette.meter.training import default_loss
+from palmette.ondevice.adapt import adapt
+from palmette.ondevice.codec import Recompute
+from palmette.ondevice.trace import saved_bytes, trace
 
 PIXELS = {"mcunet": 96, "resnet18": 128, "mobilenet_v2": 128, "vit_b_32": 224}
 BATCH = 16

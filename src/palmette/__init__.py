@@ -9,9 +9,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from palmette.adapt.adapt import adapt
-    from palmette.adapt.adaptation import Adaptation
-    from palmette.adapt.plan import MemoryPlan
     from palmette.deploy import export, export_onnx, export_program, load_program
     from palmette.deploy.huggingface import save_pretrained
     from palmette.deploy.quantize import quantize_int8
@@ -40,6 +37,10 @@ if TYPE_CHECKING:
     from palmette.graph.verify import verify
     from palmette.meter import Cost, CostTable, measure, measure_latency
     from palmette.meter.training import TrainingMemory, measure_training
+    from palmette.ondevice.adapt import adapt
+    from palmette.ondevice.adaptation import Adaptation
+    from palmette.ondevice.plan import MemoryPlan
+    from palmette.ondevice.session import FineTuned, fine_tune
     from palmette.registry import Bounds, MethodConfig, check_method, get_method, method, methods
     from palmette.report.render import render
     from palmette.train.evaluate import evaluate
@@ -48,9 +49,10 @@ if TYPE_CHECKING:
     from palmette.trials import run_trials
 
 _HOMES = {
-    "palmette.adapt.adapt": ("adapt",),
-    "palmette.adapt.adaptation": ("Adaptation",),
-    "palmette.adapt.plan": ("MemoryPlan",),
+    "palmette.ondevice.adapt": ("adapt",),
+    "palmette.ondevice.adaptation": ("Adaptation",),
+    "palmette.ondevice.plan": ("MemoryPlan",),
+    "palmette.ondevice.session": ("FineTuned", "fine_tune"),
     "palmette.deploy": ("export", "export_onnx", "export_program", "load_program"),
     "palmette.deploy.huggingface": ("save_pretrained",),
     "palmette.deploy.quantize": ("quantize_int8",),
@@ -95,6 +97,7 @@ __all__ = [
     "CostTable",
     "CurveResult",
     "DeviceProfile",
+    "FineTuned",
     "HealConfig",
     "MemoryPlan",
     "MethodConfig",
@@ -115,6 +118,7 @@ __all__ = [
     "export_onnx",
     "export_program",
     "find_sites",
+    "fine_tune",
     "fit_linear",
     "get_method",
     "heal",

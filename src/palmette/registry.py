@@ -23,9 +23,9 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from palmette.errors import InputError, UnknownMethod, VerifyError
 from palmette.usercode import is_file_spec, user_function
 
-WINGS = ("depth", "adapt", "supernet", "sparsity", "fairness")
+WINGS = ("depth", "ondevice", "supernet", "sparsity", "fairness")
 
-_VERBS = {"depth": "shrink", "adapt": "adapt"}
+_VERBS = {"depth": "shrink", "ondevice": "adapt"}
 
 SiteKind = Literal["activation", "block", "span", "layer", "convolution", "input", "channel"]
 ScoreFunction = Callable[..., dict[str, float]]

@@ -12,7 +12,7 @@ from palmette.cli import tables
 from palmette.cli.shrink import command_line
 
 if TYPE_CHECKING:
-    from palmette.adapt.outcome import AdaptResult
+    from palmette.ondevice.outcome import AdaptResult
 
 _BUDGET = 'What training may keep, such as "512KiB" or "2MB"; if not given, only the exact forms are used.'
 _SCOPE = "What the budget bounds: what is kept for backward, that with gradients and optimizer, or all that is alive."
@@ -55,7 +55,7 @@ def adapt(
 
     Example: palmette adapt -m palmette:mlp -d digits -w dense.safetensors --budget 16KiB --run runs/adapted
     """
-    from palmette.adapt.outcome import Wish, run_adapt
+    from palmette.ondevice.outcome import Wish, run_adapt
 
     wish = Wish(
         budget=budget,

@@ -1,0 +1,379 @@
+"""What stands between an adapted model and torch while it runs forward: known calls keep less, all others pass.
+
+A call is told by the torch function in which it ends, so any model will do. A layer is told by the name of its weight;
+what has no parameters, by the layer before it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from palmette.errors import PlanError
+from palmette.meter.calls import opened
+from palmette.meter.training import labelled
+from palmette.ondevice import functions
+from palmette.ondevice.codec import Codec, Keep, Payload, State
+from palmette.ondevice.functions import Norm
+from palmette.ondevice.layer import Layer
+from palmette.ondevice.layer_function import LayerCall, folded_forward, layer_call
+from palmette.ondevice.operations import Operation, is_move, parse
+from palmette.ondevice.plan import MemoryPlan
+
+Compute = Callable[[Tensor], Tensor]
+
+
+def saving_hooks() -> Any:
+    """The hook that is handed what autograd keeps just now, or None."""
+    found: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return None if found is None else found[0]
+
+
+def is_checkpointed(outer: Any) -> bool:
+    """Whether a checkpoint within the model (`outer`: the hook around it) will run the call again, without the plan."""
+    found = saving_hooks()
+    return found is not None and found is not outer and found.__module__ == "torch.utils.checkpoint"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a tensor is made from one that is kept anyway."""
+
+    source: Tensor
+    steps: tuple[Compute, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rebuilt(Codec):
+    """The input of a layer, made again from its source by the operations before it, as the forward pass ran them."""
+
+    name: ClassVar[str] = ""
+    lossless: ClassVar[bool] = True
+    steps: tuple[Any, ...] = ()
+    autocast: bool = False
+    dtype: Any = None
+
+    def __post_init__(self) -> None:
+        """Nothing to check: it is made at each call, not by a user."""
+
+    def decode(self, payload: Payload, layer: Layer) -> Tensor:  # noqa: ARG002
+        """The input again."""
+        x = payload[0]
+        with torch.autocast(x.device.type, enabled=self.autocast):
+            for step in self.steps:
+                x = step(x)
+        return x if self.dtype is None else x.to(self.dtype)
+
+
+class Names:
+    """The parameters and buffers of a model by name, and their names; read again when a tensor is not known."""
+
+    def __init__(self) -> None:
+        self._homes: dict[str, tuple[dict[str, Tensor | None], str]] = {}
+        self._names: dict[int, str] = {}
+        self._held: list[Tensor] = []  # alive, so that no other tensor takes one of their numbers
+        self._model: Any = None
+
+    def of(self, model: nn.Module) -> Names:
+        """For this model."""
+        if self._model is None or self._model() is not model:
+            self._model = weakref.ref(model)
+            self._read()
+        return self
+
+    def name(self, tensor: Tensor) -> str | None:
+        """The name of a parameter or buffer; None for another tensor."""
+        found = self._names.get(id(tensor))
+        if found is None and isinstance(tensor, nn.Parameter):
+            self._read()  # the model was given another parameter
+            found = self._names.get(id(tensor))
+        return found
+
+    def tensor(self, name: str | None) -> Tensor | None:
+        """The parameter or buffer of that name, as it is now."""
+        found = None if name is None else self._homes.get(name)
+        return None if found is None else found[0][found[1]]
+
+    def all(self) -> list[Tensor]:
+        """Every parameter and buffer, once."""
+        return list(self._held)
+
+    def _read(self) -> None:
+        self._homes, self._names, self._held = {}, {}, []
+        for path, module in self._model().named_modules():
+            for home in (module._parameters, module._buffers):
+                for attribute, tensor in home.items():
+                    if tensor is not None and id(tensor) not in self._names:
+                        name = f"{path}.{attribute}" if path else attribute
+                        self._names[id(tensor)] = name
+                        self._homes[name] = (home, attribute)
+                        self._held.append(tensor)
+
+    def __deepcopy__(self, memo: Any) -> Names:
+        return Names()
+
+
+class Namer:
+    """Names calls in the order in which a forward pass makes them."""
+
+    def __init__(self, model: nn.Module, names: Names | None = None) -> None:
+        self.names = (names or Names()).of(model)
+        self._uses: dict[str, int] = {}
+        self._last = "input"
+
+    def name(self, tensor: Tensor | None) -> str | None:
+        """The name of a parameter or buffer; None for another tensor."""
+        return None if tensor is None else self.names.name(tensor)
+
+    def layer(self, weight: Tensor) -> str:
+        """The name of a layer's next call."""
+        name = self.names.name(weight)
+        path = f"{self._last}.computed" if name is None else name.removesuffix(".weight")
+        self._last = self._numbered(path)
+        return self._last
+
+    def norm(self, weight: Tensor) -> str:
+        """The name of a norm's next call."""
+        return self._numbered((self.names.name(weight) or f"{self._last}.norm").removesuffix(".weight"))
+
+    def other(self, operation: str) -> str:
+        """The name of the next call of an operation without parameters."""
+        return self._numbered(f"{self._last}/{operation}")
+
+    def _numbered(self, name: str) -> str:
+        count = self._uses.get(name, 0)
+        self._uses[name] = count + 1
+        return f"{name}#{count}" if count else name
+
+
+@dataclass
+class Engine:
+    """What an adapted model carries: its plan, what codecs remember, and the trained parts of frozen weights."""
+
+    plan: MemoryPlan
+    states: dict[str, State] = field(default_factory=dict)
+    tuned: dict[str, nn.Parameter] = field(default_factory=dict)
+    names: Names = field(default_factory=Names)
+    waits_for_optimizer: bool = False  # trained parts exist, and no optimizer of theirs yet
+    steps: int = 0
+    forward: Any = None  # an override of the model's forward that was there before
+
+
+class AdaptMode(TorchFunctionMode):
+    """One forward pass of an adapted model."""
+
+    def __init__(self, model: nn.Module, engine: Engine) -> None:
+        super().__init__()
+        self.engine, self.plan = engine, engine.plan
+        self.namer = Namer(model, engine.names)
+        self.payloads: dict[tuple[int, int, Codec], tuple[Any, Payload]] = {}
+        self.recipes: dict[int, tuple[Any, Recipe]] = {}
+        self.folded: dict[int, tuple[Any, Tensor]] = {}  # output of a folded layer -> the norm's mean
+        # a recomputation inside a backward pass must not move what codecs remember
+        self.advance = torch._C._current_graph_task_id() == -1
+        self.hooks = saving_hooks()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        operation = None if is_checkpointed(self.hooks) else parse(func, args, kwargs)
+        if operation is not None:
+            return self._run(operation)
+        composite = opened(func)
+        if composite is not None:
+            with self:
+                return composite(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if is_move(func) and self.recipes:
+            self._follow_move(func, args, kwargs, result)
+        return result
+
+    def _run(self, operation: Operation) -> Tensor:
+        if operation.kind == "layer":
+            return self._layer(operation)
+        name = self.namer.other(operation.name)
+        if not (operation.x.requires_grad and torch.is_grad_enabled()) and operation.kind != "norm":
+            y = operation.compute(operation.x)
+            self._remember(operation, y, operation.x)
+            return y
+        with labelled(operation.name):
+            return _HANDLERS[operation.kind](self, operation, name)
+
+    # ---- layers ------------------------------------------------------------------------------------------------------
+
+    def _layer(self, operation: Operation) -> Tensor:
+        x, weight, bias, layer = operation.x, operation.weight, operation.bias, operation.layer
+        if weight is None or layer is None:
+            return operation.compute(x)
+        key = self.namer.layer(weight)
+        norm, gamma, beta = self._fold(key)
+        tuned = self.engine.tuned.get(key)
+        tensors = (x, weight, bias, gamma, beta, tuned)
+        if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
+            return self._marked(_without_gradient(operation, norm, gamma, beta), norm)
+        dtype = _autocast_dtype(x)
+        trains = any(t is not None and t.requires_grad for t in (weight, gamma, tuned))
+        codec = self._codec(key) if trains else Keep()
+        if norm is None and tuned is None and dtype is None and _torch_does_it(x, layer, codec, trains):
+            with labelled(operation.name):
+                return operation.compute(x)
+        x = x if dtype is None else x.to(dtype)
+        payload, codec = self._payload(key, codec, operation.x, x) if trains else ((), codec)
+        part = self.plan.slices.get(key) if tuned is not None else None
+        rows = part.index if part is not None and part.axis == 0 else None
+        with labelled(f"{operation.name} ({codec.name or 'recompute'})" if trains else operation.name):
+            y = layer_call(LayerCall(layer, codec, norm, dtype, rows), payload, x, weight, bias, gamma, beta, tuned)
+        return self._marked(y, norm)
+
+    def _codec(self, key: str) -> Codec:
+        codec = self.plan.codecs.get(key)
+        if codec is None:
+            raise PlanError(
+                "The model runs a layer that the plan does not know",
+                where=key,
+                why="the sample did not reach it, so its bytes are in no account",
+                fix="Adapt with a sample that takes this way, or freeze the layer.",
+            )
+        return codec
+
+    def _fold(self, key: str) -> tuple[Norm | None, Tensor | None, Tensor | None]:
+        fold = self.plan.folds.get(key)
+        if fold is None:
+            return None, None, None
+        get = self.namer.names.tensor
+        mean, var = get(fold.mean), get(fold.var)
+        if mean is None or var is None:
+            raise PlanError("A batch norm of the plan has lost its statistics", where=fold.mean, fix="Adapt anew.")
+        return Norm(mean, var, fold.eps), get(fold.weight), get(fold.bias)
+
+    def _marked(self, y: Tensor, norm: Norm | None) -> Tensor:
+        if norm is not None:
+            self.folded[id(y)] = (weakref.ref(y), norm.mean)
+        return y
+
+    def _payload(self, key: str, codec: Codec, source: Tensor, x: Tensor) -> tuple[Payload, Codec]:
+        """What the codec makes of x; made once for all layers that read the same tensor."""
+        if codec.name == "recompute":
+            recipe = _living(self.recipes, source)
+            if recipe is None:
+                raise PlanError("The input of a layer cannot be computed again", where=key, fix="Adapt anew.")
+            autocast = torch.is_autocast_enabled(x.device.type)
+            return (recipe.source.detach(),), Rebuilt(steps=recipe.steps, autocast=autocast, dtype=x.dtype)
+        cached = (id(source), source._version, codec)
+        found = self.payloads.get(cached)
+        if found is not None and found[0]() is source:
+            return found[1], codec
+        state = self.engine.states.setdefault(key, {})
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            payload = codec.encode(x, state if self.advance else dict(state))
+        self.payloads[cached] = (weakref.ref(source), payload)
+        return payload, codec
+
+    # ---- everything else ---------------------------------------------------------------------------------------------
+
+    def _masked(self, operation: Operation, name: str) -> Tensor:
+        if name in self.plan.stock or (operation.inplace and operation.x._is_view()):
+            return operation.compute(operation.x)
+        return functions.masked_activation(operation.x, operation.compute, operation.bends, operation.slopes)
+
+    def _smooth(self, operation: Operation, name: str) -> Tensor:  # noqa: ARG002  # one signature for all
+        if not operation.inplace or operation.backward is None or operation.x._is_view():
+            y = operation.compute(operation.x)
+            self._remember(operation, y, operation.x)
+            return y
+        source = operation.x.detach().clone()
+        y = functions.smooth_in_place(operation.x, source, operation.compute, operation.backward)
+        self._remember(operation, y, source)
+        return y
+
+    def _recipe(self, operation: Operation, name: str) -> Tensor:  # noqa: ARG002
+        y = operation.compute(operation.x)
+        self._remember(operation, y, operation.x)
+        return y
+
+    def _norm(self, operation: Operation, name: str) -> Tensor:
+        mean = _living(self.folded, operation.x)
+        if mean is not None and mean is operation.mean:
+            return operation.x
+        x, gamma, beta = operation.x, operation.weight, operation.bias
+        if operation.mean is None or operation.var is None:
+            return operation.compute(x)
+        if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (x, gamma, beta)):
+            return operation.compute(x)
+        norm, codec = Norm(operation.mean, operation.var, operation.eps), None
+        payload: Payload = ()
+        if gamma is not None and gamma.requires_grad:
+            codec = self._codec(self.namer.norm(gamma))
+            payload, codec = self._payload(name, codec, x, x)
+        return functions.eval_norm(norm, x, gamma, beta, codec, payload)
+
+    def _dropout(self, operation: Operation, name: str) -> Tensor:  # noqa: ARG002
+        if operation.inplace and operation.x._is_view():
+            return operation.compute(operation.x)
+        return functions.dropout(operation.x, operation.p, operation.inplace)
+
+    def _maxpool(self, operation: Operation, name: str) -> Tensor:  # noqa: ARG002
+        if operation.window is None:
+            return operation.compute(operation.x)
+        return functions.max_pool2d(operation.x, operation.window)
+
+    def _shape_only(self, operation: Operation, name: str) -> Tensor:  # noqa: ARG002
+        if operation.backward is None:
+            return operation.compute(operation.x)
+        return functions.shape_only(operation.x, operation.compute, operation.backward)
+
+    # ---- recipes -----------------------------------------------------------------------------------------------------
+
+    def _remember(self, operation: Operation, y: Tensor, source: Tensor) -> None:
+        if operation.kind in ("smooth", "recipe"):
+            step = operation.plain or operation.compute
+            self.recipes[id(y)] = (weakref.ref(y), Recipe(source, (step,)))
+
+    def _follow_move(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        recipe = _living(self.recipes, args[0]) if args and isinstance(args[0], Tensor) else None
+        if recipe is not None and isinstance(result, Tensor) and result is not args[0]:
+            step = lambda x: func(x, *args[1:], **kwargs)  # noqa: E731
+            self.recipes[id(result)] = (weakref.ref(result), Recipe(recipe.source, (*recipe.steps, step)))
+
+
+_HANDLERS: dict[str, Callable[[AdaptMode, Operation, str], Tensor]] = {
+    "masked": AdaptMode._masked,
+    "smooth": AdaptMode._smooth,
+    "recipe": AdaptMode._recipe,
+    "norm": AdaptMode._norm,
+    "dropout": AdaptMode._dropout,
+    "maxpool": AdaptMode._maxpool,
+    "shape_only": AdaptMode._shape_only,
+}
+
+
+def _without_gradient(operation: Operation, norm: Norm | None, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
+    if norm is None or operation.layer is None or operation.weight is None:
+        return operation.compute(operation.x)
+    return folded_forward(operation.layer, operation.x, operation.weight, operation.bias, norm, gamma, beta)
+
+
+def _torch_does_it(x: Tensor, layer: Layer, codec: Codec, trains: bool) -> bool:
+    """Whether torch's own function keeps no more: the input itself (not a copy in order), or nothing but the weight."""
+    if trains and layer.kind == "conv" and layer.is_depthwise:
+        return False
+    return codec == Keep() and x.is_contiguous() if trains else layer.kind == "linear"
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The type in which autocast computes layers, or None outside of it."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) or not x.is_floating_point() or x.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def _living(table: dict[int, tuple[Any, Any]], tensor: Tensor) -> Any:
+    """What is known of this very tensor; None when its number was another's before."""
+    found = table.get(id(tensor))
+    return found[1] if found is not None and found[0]() is tensor else None
