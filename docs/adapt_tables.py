@@ -104,7 +104,7 @@ def paper_table() -> str:
                 f"{vanilla / floor:.3g}x",
                 f"{100 * floor / ours:.0f} %",
                 f"{100 * reach / ours:.0f} %",
-                f"{vanilla / row['released_bytes']:.3g}x" if "swapped_bytes" in row else "-",
+                f"{vanilla / row['swapped_bytes']:.3g}x" if "swapped_bytes" in row else "-",
             )
         )
     if not lines:
@@ -248,4 +248,4 @@ def _difference(full: dict[int, Any], found: dict[int, Any]) -> str:
         return flags
 
     gap, low, high = paired_difference([right(found[s]) for s in seeds], [right(full[s]) for s in seeds])
-    return f"{100 * gap:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]"
+    return f"{gap:+.2f} [{low:+.2f}, {high:+.2f}]"
