@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from palmette.errors import InputError, PalmetteError, PlanError
 from palmette.ondevice.adapt import adapt
@@ -133,3 +134,17 @@ def test_other_losses_and_inputs(kit):
     assert kit.apart(want, kit.step(net, pair, y, smooth)) < 1e-5
     with pytest.raises(InputError, match="larger"):
         net(torch.zeros(6, 4), right=torch.zeros(6, 4))
+
+
+def test_a_reentrant_checkpoint_inside_the_model_is_refused_where_it_would_break_the_budget():
+    class Inside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 4)
+            self.body = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+
+        def forward(self, x):
+            return self.last(checkpoint(self.body, torch.relu(self.first(x)), use_reentrant=True))
+
+    with pytest.raises(InputError, match="use_reentrant=False"):
+        pm.adapt(Inside(), (torch.randn(8, 8), torch.arange(8) % 4), budget=600)

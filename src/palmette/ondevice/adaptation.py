@@ -45,6 +45,12 @@ class Adaptation:
         install(self.model, self.engine, self.before)
         self.active = True
         self.measured = self.measure()
+        if self.measured.saved_bytes > self.plan.predicted_bytes >= self.measured.forward_saved_bytes:
+            raise InputError(
+                "A part of the model is run again in the backward pass, outside of the plan",
+                why=f"that keeps {self.measured.saved_bytes:,} bytes, {self.plan.predicted_bytes:,} are planned",
+                fix="Use checkpoint(..., use_reentrant=False) in the model, or no checkpoint.",
+            )
         if self.measured.saved_bytes > self.plan.predicted_bytes:
             raise BudgetError(
                 f"One step kept {self.measured.saved_bytes:,} bytes, {self.plan.predicted_bytes:,} were predicted",

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from palmette.errors import InputError
 from palmette.graph.inputs import call
 from palmette.meter.training import left_as_found
 from palmette.ondevice.codec import Codec, Payload, State
@@ -196,7 +197,15 @@ def _run_probes(
     with left_as_found(model.modules()), torch.enable_grad():
         with AdaptMode(model, Engine(plan)):
             output = call(model, x)
-        torch.autograd.grad(loss(output, y), weights, allow_unused=True)
+        try:
+            torch.autograd.grad(loss(output, y), weights, allow_unused=True)
+        except RuntimeError as error:
+            if "use_reentrant" not in str(error):
+                raise
+            raise InputError(
+                "A part of the model is run again in the backward pass, outside of the plan",
+                fix="Use checkpoint(..., use_reentrant=False) in the model, or no checkpoint.",
+            ) from error
 
 
 def _weights(model: nn.Module, found: Trace, keys: set[str]) -> list[nn.Parameter]:
