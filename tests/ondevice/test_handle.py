@@ -147,4 +147,4 @@ def test_a_reentrant_checkpoint_inside_the_model_is_refused_where_it_would_break
             return self.last(checkpoint(self.body, torch.relu(self.first(x)), use_reentrant=True))
 
     with pytest.raises(InputError, match="use_reentrant=False"):
-        pm.adapt(Inside(), (torch.randn(8, 8), torch.arange(8) % 4), budget=600)
+        adapt(Inside(), (torch.randn(8, 8), torch.arange(8) % 4), budget=600)
