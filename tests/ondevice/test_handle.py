@@ -148,3 +148,74 @@ def test_a_reentrant_checkpoint_inside_the_model_is_refused_where_it_would_break
 
     with pytest.raises(InputError, match="use_reentrant=False"):
         adapt(Inside(), (torch.randn(8, 8), torch.arange(8) % 4), budget=600)
+
+
+def normed():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4))
+
+
+def batch():
+    return torch.randn(8, 3, 8, 8), torch.arange(8) % 4
+
+
+def test_a_hook_that_comes_between_a_layer_and_its_norm_is_refused_not_ignored():
+    model, (x, y) = normed(), batch()
+    adapt(model, (x, y))
+    model[0].register_forward_hook(lambda module, given, output: output.clone())
+    with pytest.raises(PlanError, match="batch norm"):
+        model(x)
+
+
+def test_norms_follow_the_last_wish_when_the_plan_is_taken_off():
+    model, (x, y) = normed().train(), batch()
+    adaptation = adapt(model, (x, y))
+    model.eval()
+    adaptation.undo()
+    assert not any(module.training for module in model.modules())
+
+
+def test_a_plan_given_back_is_held_against_the_model_and_the_budget():
+    class Other(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.l = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8 * 36, 4)
+            self.both = False
+
+        def forward(self, x):
+            y = self.a(x)
+            z = self.b(y)
+            return self.l(torch.relu(z + y if self.both else z).flatten(1))
+
+    (x, y), first, second = batch(), Other(), Other()
+    second.both = True
+    adaptation = adapt(first, (x, y))
+    plan = adaptation.plan
+    with pytest.raises(PlanError, match="another model"):
+        adapt(second, (x, y), plan=plan)
+    adaptation.undo()
+    with pytest.raises(PalmetteError, match="the budget is 100"):
+        adapt(first, (x, y), budget=100, plan=plan)
+    with pytest.raises(PlanError, match="no plan"):
+        adapt(first, (x, y), plan={})
+
+
+@pytest.mark.parametrize("loss", [lambda out, y: out, lambda out, y: out.mean().detach(), lambda out, y: None])
+def test_a_loss_that_is_none_is_named(loss):
+    with pytest.raises(InputError):
+        adapt(normed(), batch(), loss, budget="4KiB")
+
+
+def test_more_arguments_than_the_sample_had_do_not_let_a_larger_batch_in():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.l = nn.Linear(6, 4)
+
+        def forward(self, x, scale=None):
+            return self.l(x) if scale is None else self.l(x) * scale
+
+    model = Two()
+    adapt(model, (torch.randn(8, 6), torch.arange(8) % 4))
+    with pytest.raises(InputError, match="larger"):
+        model(torch.randn(64, 6), torch.ones(()))

@@ -179,7 +179,7 @@ def test_clipping_sees_gradients_in_factors(kit) -> None:
 
     def norm() -> float:
         whole = [sum(t if u is None else t @ u.T for t, u in part.pending) for *_, part in adaptation.swaps.modules]
-        grads = [p.grad for p in adaptation.parameters() if p.grad is not None]
+        grads = [p.grad for p in adaptation.model.parameters() if p.grad is not None and p.requires_grad]
         return float(sum(g.square().sum() for g in [*whole, *grads]).sqrt())
 
     first = norm()

@@ -156,3 +156,86 @@ def test_channels_change_with_the_epochs_and_weights_that_leave_keep_what_they_l
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         assert held == {id(p) for p in adaptation.parameters()}
     assert len(seen) > 1
+
+
+def prepared(method="trady", budget="24KiB"):
+    model, x, y = small(), torch.randn(8, 3, 8, 8), torch.arange(8) % 4
+    adaptation = pm.adapt(model, (x, y), F.cross_entropy, budget=budget, method=method)
+    optimizer = adaptation.optimizer(torch.optim.SGD, lr=0.1, momentum=0.9)
+
+    def step():
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    return model, (x, y), adaptation, step
+
+
+def test_weights_that_the_user_loads_are_not_overwritten():
+    model, _, adaptation, step = prepared()
+    best = {name: value.clone() for name, value in model.state_dict().items()}
+    for _ in range(3):
+        step()
+    model.load_state_dict(best)
+    adaptation.undo()
+    assert all(torch.equal(value, best[name]) for name, value in model.state_dict().items())
+    step()  # the old optimizer still holds the compact parameters
+    for key in adaptation.plan.slices:
+        assert torch.equal(model.state_dict()[f"{key}.weight"], best[f"{key}.weight"])
+
+
+def test_the_models_own_zero_grad_reaches_the_compact_parameters():
+    model, (x, y), adaptation, _ = prepared()
+    F.cross_entropy(model(x), y).backward()
+    assert any(tuned.grad is not None for tuned in adaptation.engine.tuned.values())
+    model.zero_grad()
+    assert all(tuned.grad is None for tuned in adaptation.engine.tuned.values())
+
+
+def test_measuring_leaves_compact_gradients():
+    model, (x, y), adaptation, _ = prepared()
+    F.cross_entropy(model(x), y).backward()
+    before = {key: tuned.grad.clone() for key, tuned in adaptation.engine.tuned.items()}
+    adaptation.measure()
+    assert all(torch.equal(tuned.grad, before[key]) for key, tuned in adaptation.engine.tuned.items())
+
+
+def test_selection_cannot_bound_the_peak_and_says_so():
+    with pytest.raises(pm.PalmetteError, match="peak"):
+        pm.adapt(small(), (torch.randn(8, 3, 8, 8), torch.arange(8) % 4), budget="1MiB", scope="peak", method="neq")
+
+
+class Forked(nn.Module):
+    """Two convolutions that read one tensor, and a smooth activation that keeps its input."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.n = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.b, self.c = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        self.d, self.l = nn.Conv2d(8, 16, 3, 2, 1, groups=2), nn.Linear(16, 10)
+
+    def forward(self, x):
+        x = F.relu(self.n(self.a(x)))
+        x = F.hardswish(self.d(F.relu(self.b(x) + self.c(x))))
+        return self.l(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("scope", ["saved", "saved+gradients+optimizer"])
+@pytest.mark.parametrize("method", SELECTIONS)
+def test_no_epoch_of_a_selection_exceeds_its_budget(method, scope):
+    x, y = torch.randn(8, 3, 12, 12), torch.arange(8)
+    for budget in (6000, 20_000, 40_000, 90_000):
+        try:
+            adaptation = pm.adapt(Forked(), (x, y), F.cross_entropy, budget, scope=scope, method=method)
+        except pm.PalmetteError:
+            continue
+        optimizer = adaptation.optimizer(torch.optim.SGD, lr=0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            F.cross_entropy(adaptation.model(x), y).backward()
+            optimizer.step()
+            adaptation.next_epoch()
+            found = adaptation.measure()
+            gradients = found.gradient_bytes if scope != "saved" else 0
+            assert found.saved_bytes + gradients <= budget

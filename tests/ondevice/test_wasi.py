@@ -105,3 +105,54 @@ def test_a_model_without_linear_layers_is_refused_and_left_as_it_was():
     with pytest.raises(InputError, match="no linear layer"):
         pm.adapt(model, (x, None), lambda out, _: out.square().mean(), budget="1MiB", method="wasi")
     assert "forward" not in model.__dict__
+
+
+def adapted(budget="8KiB"):
+    model, x, y = mlp(), torch.randn(32, 24), torch.arange(32) % 4
+    adaptation = pm.adapt(model, (x, y), F.cross_entropy, budget=budget, method="wasi")
+    parts = [module for module in model if isinstance(module, FactoredLinear)]
+    return model, (x, y), adaptation, parts
+
+
+@pytest.mark.parametrize("how", ["optimizer", "model", "zeros"])
+def test_cleared_gradients_move_nothing_and_do_not_pile_up(how):
+    model, (x, y), adaptation, parts = adapted()
+    optimizer = adaptation.optimizer(torch.optim.SGD, lr=1.0)
+
+    def clear():
+        (model if how == "model" else optimizer).zero_grad(set_to_none=how != "zeros")
+
+    for _ in range(4):
+        clear()
+        F.cross_entropy(model(x), y).backward()
+    assert all(len(part.pending) == 1 for part in parts)
+    before = [part.dense() for part in parts]
+    clear()
+    optimizer.step()
+    for part, old in zip(parts, before, strict=True):
+        assert torch.allclose(part.dense(), old, atol=1e-5)
+
+
+def test_clipping_reaches_the_factors():
+    model, (x, y), adaptation, parts = adapted()
+    optimizer = adaptation.optimizer(torch.optim.SGD, lr=1.0)
+    before = [part.dense() for part in parts]
+    (1e4 * F.cross_entropy(model(x), y)).backward()
+    torch.nn.utils.clip_grad_norm_(adaptation.parameters(), 1e-6)
+    optimizer.step()
+    for part, old in zip(parts, before, strict=True):
+        assert float((part.dense() - old).norm()) < 1e-3
+
+
+def test_two_micro_batches_are_one_batch():
+    moved = []
+    for pieces in (1, 2):
+        model, (x, y), adaptation, parts = adapted("64KiB")
+        optimizer = adaptation.optimizer(torch.optim.SGD, lr=0.1)
+        for a, b in zip(x.chunk(pieces), y.chunk(pieces), strict=True):
+            (F.cross_entropy(model(a), b) / pieces).backward()
+        assert all(len(part.pending) == pieces for part in parts)
+        optimizer.step()
+        moved.append([part.dense() for part in parts])
+    for one, two in zip(*moved, strict=True):
+        assert torch.allclose(one, two, atol=0.02)

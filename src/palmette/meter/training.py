@@ -184,6 +184,11 @@ def _own(module: nn.Module) -> list[Tensor]:
 def _loss(model: nn.Module, output: Any, y: Any, loss: Callable[[Any, Any], Tensor] | None) -> Tensor:
     """The loss of the output, a scalar that something trainable leads to."""
     value: Any = default_loss(output, y) if loss is None else loss(output, y)
+    return check_loss(model, value)
+
+
+def check_loss(model: nn.Module, value: Any) -> Tensor:
+    """The loss, if it is a scalar that something trainable leads to; InputError otherwise."""
     if not isinstance(value, Tensor) or value.numel() != 1:
         found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
         raise InputError(

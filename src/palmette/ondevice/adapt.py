@@ -10,14 +10,14 @@ from typing import Any, Literal, cast
 from torch import Tensor, nn
 
 from palmette.device import parse_bytes
-from palmette.errors import InputError, PlanError
+from palmette.errors import BudgetError, InputError, PlanError
 from palmette.meter.training import default_loss
 from palmette.ondevice.adaptation import Adaptation
 from palmette.ondevice.install import Before, freeze_norms, input_shapes, is_adapted, remove
 from palmette.ondevice.mode import Engine
 from palmette.ondevice.plan import MemoryPlan
 from palmette.ondevice.planner import Costs, draft
-from palmette.ondevice.search import Request, searched
+from palmette.ondevice.search import Request, searched, training_only
 from palmette.ondevice.selection import Selector
 from palmette.ondevice.trace import trace
 from palmette.ondevice.tuning import Tuning
@@ -84,8 +84,8 @@ def adapt(
 def _with_factors(model: nn.Module, request: Request, made: MemoryPlan, swaps: Swaps) -> MemoryPlan:
     """The plan after linear layers were put into factors: what they keep is their own affair, and counted anew."""
     gone = swaps.make(model, dict(made.codecs), cast(WasiConfig, request.config))
-    found = trace(model, request.x, request.y, request.loss)
-    swaps.forget()
+    with swaps.set_aside():
+        found = trace(model, request.x, request.y, request.loss)
     codecs = {key: codec for key, codec in made.codecs.items() if f"{key}.weight" not in gone}
     again = draft(found, codecs, Costs.of(model, 0))
     return replace(made, codecs=codecs, stock=again.stock, folds=dict(again.folds), predicted_bytes=again.saved)
@@ -94,6 +94,18 @@ def _with_factors(model: nn.Module, request: Request, made: MemoryPlan, swaps: S
 def _given(plan: MemoryPlan | str, request: Request, model: nn.Module) -> MemoryPlan:
     """A plan made before, if it fits this model."""
     made = MemoryPlan.from_json(plan) if isinstance(plan, str) else plan
+    if not isinstance(made, MemoryPlan):
+        raise PlanError(f"A {type(made).__name__} is no plan", fix="Pass a MemoryPlan, or the text of its to_json().")
+    if made.slices or made.method == "wasi":
+        raise PlanError(
+            f"A plan of {made.method!r} cannot be given back",
+            why="it changes as it trains",
+            fix="Pass the method and the budget: the same seed chooses the same.",
+        )
+    if request.budget is not None and made.predicted_bytes > request.budget:
+        raise BudgetError(
+            f"The plan keeps {made.predicted_bytes:,} bytes, the budget is {request.budget:,}", fix="Plan anew."
+        )
     names = {name for name, _ in model.named_parameters()}
     strange = sorted(set(made.frozen) - names)
     if strange:
@@ -102,6 +114,12 @@ def _given(plan: MemoryPlan | str, request: Request, model: nn.Module) -> Memory
     pairs = [pair for s, p in zip(shapes, made.inputs, strict=False) for pair in zip(s, p, strict=False)]
     if any(size > planned for size, planned in pairs):
         raise PlanError("The sample is larger than the plan's", why=f"{shapes} against {made.inputs}", fix="Plan anew.")
+    with training_only(model, made.frozen):
+        found = trace(model, request.x, request.y, request.loss)
+    wanted = {entry.key for entry in found.layers()}
+    if wanted != set(made.codecs) or dict(made.folds) != found.folds:
+        apart = sorted(wanted ^ set(made.codecs)) or ["the batch norms"]
+        raise PlanError("The plan is of another model", why=f"they differ at {apart[0]}", fix="Plan anew.")
     return made
 
 
@@ -125,7 +143,16 @@ def _request(
         raise InputError("There is nothing to train: all parameters are frozen", fix="Set requires_grad on some.")
     entry = None if method in ("auto", "lossless") else method_of("adapt", method)
     options: MethodConfig | None = None
+    if copies < 0 or not isinstance(copies, int):
+        raise InputError(f"optimizer_copies={copies!r} is no number", fix="Write 0, 1 (momentum) or 2 (Adam).")
+    if entry is not None and entry.sites == "channel" and scope == "peak":
+        raise InputError(
+            f"{method!r} cannot bound the peak", why="it counts what is kept", fix="Take scope='saved', or a codec."
+        )
     if isinstance(config, MethodConfig):
+        if entry is not None and not isinstance(config, entry.config):
+            other = type(config).__name__
+            raise InputError(f"{other} has no options of {method!r}", fix=f"Pass {entry.config.__name__}.")
         options = config
     elif entry is not None:
         options = entry.make_config(**dict(config or {}))

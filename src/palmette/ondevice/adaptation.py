@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from palmette.ondevice.tuning import Tuning, check_optimizer
 from palmette.ondevice.wasi import Swaps
 
 
-@dataclass
+@dataclass(repr=False)
 class Adaptation:
     """An adapted model. Train it as ever; `report()` tells what it keeps, `undo()` takes the plan off."""
 
@@ -36,6 +37,13 @@ class Adaptation:
     swaps: Swaps | None = None
     measured: TrainingMemory | None = None
     active: bool = False
+
+    def __repr__(self) -> str:
+        kept = "?" if self.measured is None else format_bytes(self.measured.saved_bytes)
+        return f"Adaptation({self.plan.method}, keeps {kept} instead of {format_bytes(self.vanilla_saved)})"
+
+    def __str__(self) -> str:
+        return self.report()
 
     def start(self) -> None:
         """Put the plan onto the model and hold one step against the meter; BudgetError if it keeps more."""
@@ -60,20 +68,23 @@ class Adaptation:
 
     def measure(self) -> TrainingMemory:
         """One training step on the sample, measured; leaves weights, gradients and random states as they were."""
-        found = measure_training(self.model, self.request.x, self.request.y, self.request.loss)
-        parts = [tuned for tuned in self.engine.tuned.values() if tuned.grad is not None]
-        extra = sum(tuned.numel() * tuned.element_size() for tuned in parts)
-        for tuned in parts:
+        held = {key: tuned.grad for key, tuned in self.engine.tuned.items()}
+        for tuned in self.engine.tuned.values():
             tuned.grad = None
-        if self.swaps is not None:
-            self.swaps.forget()
+        with nullcontext() if self.swaps is None else self.swaps.set_aside():
+            found = measure_training(self.model, self.request.x, self.request.y, self.request.loss)
+        parts = [tuned.grad for tuned in self.engine.tuned.values() if tuned.grad is not None]
+        extra = sum(grad.numel() * grad.element_size() for grad in parts)
+        for key, grad in held.items():
+            self.engine.tuned[key].grad = grad
         return replace(found, gradient_bytes=found.gradient_bytes + extra)
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
     def parameters(self) -> list[nn.Parameter]:
-        """What is trained: for an optimizer of your own, for clipping."""
-        return [*self.engine.tuned.values(), *(p for p in self.model.parameters() if p.requires_grad)]
+        """What is trained: for clipping, and with a codec other than WASI for an optimizer of your own."""
+        factored = [] if self.swaps is None else self.swaps.parameters()
+        return [*self.engine.tuned.values(), *factored, *(p for p in self.model.parameters() if p.requires_grad)]
 
     def optimizer(self, kind: type[Optimizer], **options: Any) -> Optimizer:
         """An optimizer of this class over what is trained; with a selection method it follows the chosen channels.
@@ -110,6 +121,7 @@ class Adaptation:
             ("ratio", f"{self.vanilla_saved / max(measured.saved_bytes, 1):.1f}x less"),
             ("peak, measured", f"{format_bytes(measured.peak_bytes)} at {measured.peak_where}"),
             ("gradients", format_bytes(measured.gradient_bytes)),
+            *self._against_budget(measured),
             *self._codec_rows(),
         ]
         width = max(len(name) for name, _ in rows)
@@ -117,6 +129,23 @@ class Adaptation:
         lines += ["", "Who holds what"]
         lines += [f"{share:>7.1%} {format_bytes(size):>10}  {name}" for name, size, share in measured.by_operation()]
         return "\n".join(lines)
+
+    def _against_budget(self, measured: TrainingMemory) -> Sequence[tuple[str, str]]:
+        """What the scope counts, beside the budget; and the peak, where the budget does not bound it."""
+        budget, scope = self.plan.budget, self.plan.scope
+        if budget is None:
+            return []
+        counted = {
+            "saved": measured.saved_bytes,
+            "peak": measured.peak_bytes,
+            "saved+gradients+optimizer": measured.saved_bytes + self.request.copies * measured.gradient_bytes,
+        }[scope]
+        rows = [("counted against the budget", f"{format_bytes(counted)} of {format_bytes(budget)}")]
+        if scope != "peak" and measured.peak_bytes > budget:
+            rows.append(
+                ("note", "the peak is above the budget, which bounds what is kept; scope='peak' bounds the peak")
+            )
+        return rows
 
     def _codec_rows(self) -> Sequence[tuple[str, str]]:
         counts: dict[str, int] = {}
@@ -141,7 +170,7 @@ class Adaptation:
             raise InputError("The adaptation is undone already", fix="Call adapt() again.")
         self.active = False
         if self.tuning is not None:
-            self.tuning.sync(self.engine)
+            self.tuning.close(self.engine)
         remove(self.model, self.before)
         if self.swaps is not None:
             self.swaps.undo()

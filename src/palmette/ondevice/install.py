@@ -20,6 +20,7 @@ from palmette.ondevice.mode import AdaptMode, Engine
 from palmette.ondevice.plan import MemoryPlan
 
 _ENGINE = "_palmette_engine"
+_WANTED = "_palmette_wanted_mode"
 
 
 @dataclass
@@ -53,7 +54,8 @@ def freeze_norms(model: nn.Module, before: Before) -> None:
             module.__dict__["train"] = types.MethodType(_stay, module)
 
 
-def _stay(self: nn.Module, mode: bool = True) -> nn.Module:  # noqa: ARG001  # the signature of Module.train
+def _stay(self: nn.Module, mode: bool = True) -> nn.Module:
+    self.__dict__[_WANTED] = mode  # what it goes back to
     return self
 
 
@@ -80,6 +82,7 @@ def without(model: nn.Module, engine: Engine, before: Before) -> Iterator[None]:
     """In this block, the model runs as if it were not adapted."""
     model.__dict__.pop(_ENGINE, None)
     model.__dict__.pop("forward", None)
+    model.__dict__.pop("zero_grad", None)
     if before.forward is not None:
         model.__dict__["forward"] = before.forward
     try:
@@ -94,18 +97,20 @@ def install(model: nn.Module, engine: Engine, before: Before) -> None:
     model.__dict__[_ENGINE] = engine
     engine.forward = before.forward
     model.__dict__["forward"] = types.MethodType(_adapted_forward, model)
+    model.__dict__["zero_grad"] = types.MethodType(_zero_grad, model)
 
 
 def remove(model: nn.Module, before: Before) -> None:
     """Leave the model as it was, with the weights that it has now."""
     model.__dict__.pop(_ENGINE, None)
     model.__dict__.pop("forward", None)
+    model.__dict__.pop("zero_grad", None)
     if before.forward is not None:
         model.__dict__["forward"] = before.forward
     modules = dict(model.named_modules())
     for path, training in before.training.items():
         modules[path].__dict__.pop("train", None)
-        modules[path].training = training
+        modules[path].training = modules[path].__dict__.pop(_WANTED, training)
     unfreeze(model, before)
 
 
@@ -119,8 +124,17 @@ def _adapted_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     _check_size(engine.plan, args, kwargs)
     if engine.waits_for_optimizer and not is_measuring():
         _warn_without_optimizer(engine)
-    with AdaptMode(self, engine):
-        return inner(*args, **kwargs)
+    with AdaptMode(self, engine) as mode:
+        result = inner(*args, **kwargs)
+    mode.finish()
+    return result
+
+
+def _zero_grad(self: nn.Module, set_to_none: bool = True) -> None:
+    """`Module.zero_grad`, for the compact parameters too."""
+    type(self).zero_grad(self, set_to_none)
+    for tuned in self.__dict__[_ENGINE].tuned.values():
+        tuned.grad = None
 
 
 def _warn_without_optimizer(engine: Engine) -> None:
@@ -137,14 +151,16 @@ def _warn_without_optimizer(engine: Engine) -> None:
 def _check_size(plan: MemoryPlan, args: Any, kwargs: Any) -> None:
     """Raise before anything is allocated when an input is larger than the one that the plan was made for."""
     given = [tuple(t.shape) for t in tensors((*args, kwargs))]
-    if len(given) != len(plan.inputs):
-        return
-    for shape, planned in zip(given, plan.inputs, strict=True):
-        if len(shape) == len(planned) and any(a > b for a, b in zip(shape, planned, strict=True)):
+    most = max((shape[0] for shape in plan.inputs if shape), default=0)
+    for place, shape in enumerate(given):
+        planned = plan.inputs[place] if place < len(plan.inputs) else ()
+        if len(shape) != len(planned):
+            planned = (most, *shape[1:])  # of another form: the batch alone can be held against the plan
+        if any(a > b for a, b in zip(shape, planned, strict=False)):
             raise InputError(
                 f"The batch is larger than planned: {_times(shape)} instead of at most {_times(planned)}",
                 why="the budget would be exceeded",
-                fix="Split the batch, or adapt with a sample of this size.",
+                fix="Split the batch, adapt with a sample of this size, or evaluate under torch.no_grad().",
             )
 
 

@@ -23,6 +23,7 @@ from palmette.ondevice.codec import Codec, Keep, Payload, State
 from palmette.ondevice.functions import Norm
 from palmette.ondevice.layer import Layer
 from palmette.ondevice.layer_function import LayerCall, folded_forward, layer_call
+from palmette.ondevice.names import Namer, Names
 from palmette.ondevice.operations import Operation, is_move, parse
 from palmette.ondevice.plan import MemoryPlan
 
@@ -71,87 +72,6 @@ class Rebuilt(Codec):
         return x if self.dtype is None else x.to(self.dtype)
 
 
-class Names:
-    """The parameters and buffers of a model by name, and their names; read again when a tensor is not known."""
-
-    def __init__(self) -> None:
-        self._homes: dict[str, tuple[dict[str, Tensor | None], str]] = {}
-        self._names: dict[int, str] = {}
-        self._held: list[Tensor] = []  # alive, so that no other tensor takes one of their numbers
-        self._model: Any = None
-
-    def of(self, model: nn.Module) -> Names:
-        """For this model."""
-        if self._model is None or self._model() is not model:
-            self._model = weakref.ref(model)
-            self._read()
-        return self
-
-    def name(self, tensor: Tensor) -> str | None:
-        """The name of a parameter or buffer; None for another tensor."""
-        found = self._names.get(id(tensor))
-        if found is None and isinstance(tensor, nn.Parameter):
-            self._read()  # the model was given another parameter
-            found = self._names.get(id(tensor))
-        return found
-
-    def tensor(self, name: str | None) -> Tensor | None:
-        """The parameter or buffer of that name, as it is now."""
-        found = None if name is None else self._homes.get(name)
-        return None if found is None else found[0][found[1]]
-
-    def all(self) -> list[Tensor]:
-        """Every parameter and buffer, once."""
-        return list(self._held)
-
-    def _read(self) -> None:
-        self._homes, self._names, self._held = {}, {}, []
-        for path, module in self._model().named_modules():
-            for home in (module._parameters, module._buffers):
-                for attribute, tensor in home.items():
-                    if tensor is not None and id(tensor) not in self._names:
-                        name = f"{path}.{attribute}" if path else attribute
-                        self._names[id(tensor)] = name
-                        self._homes[name] = (home, attribute)
-                        self._held.append(tensor)
-
-    def __deepcopy__(self, memo: Any) -> Names:
-        return Names()
-
-
-class Namer:
-    """Names calls in the order in which a forward pass makes them."""
-
-    def __init__(self, model: nn.Module, names: Names | None = None) -> None:
-        self.names = (names or Names()).of(model)
-        self._uses: dict[str, int] = {}
-        self._last = "input"
-
-    def name(self, tensor: Tensor | None) -> str | None:
-        """The name of a parameter or buffer; None for another tensor."""
-        return None if tensor is None else self.names.name(tensor)
-
-    def layer(self, weight: Tensor) -> str:
-        """The name of a layer's next call."""
-        name = self.names.name(weight)
-        path = f"{self._last}.computed" if name is None else name.removesuffix(".weight")
-        self._last = self._numbered(path)
-        return self._last
-
-    def norm(self, weight: Tensor) -> str:
-        """The name of a norm's next call."""
-        return self._numbered((self.names.name(weight) or f"{self._last}.norm").removesuffix(".weight"))
-
-    def other(self, operation: str) -> str:
-        """The name of the next call of an operation without parameters."""
-        return self._numbered(f"{self._last}/{operation}")
-
-    def _numbered(self, name: str) -> str:
-        count = self._uses.get(name, 0)
-        self._uses[name] = count + 1
-        return f"{name}#{count}" if count else name
-
-
 @dataclass
 class Engine:
     """What an adapted model carries: its plan, what codecs remember, and the trained parts of frozen weights."""
@@ -175,6 +95,7 @@ class AdaptMode(TorchFunctionMode):
         self.payloads: dict[tuple[int, int, Codec], tuple[Any, Payload]] = {}
         self.recipes: dict[int, tuple[Any, Recipe]] = {}
         self.folded: dict[int, tuple[Any, Tensor]] = {}  # output of a folded layer -> the norm's mean
+        self.marks: dict[int, tuple[Any, str]] = {}  # outputs of folded layers that their norm has not read yet
         # a recomputation inside a backward pass must not move what codecs remember
         self.advance = torch._C._current_graph_task_id() == -1
         self.hooks = saving_hooks()
@@ -183,12 +104,16 @@ class AdaptMode(TorchFunctionMode):
         kwargs = kwargs or {}
         operation = None if is_checkpointed(self.hooks) else parse(func, args, kwargs)
         if operation is not None:
+            if self.marks and operation.kind != "norm":
+                self._refuse_readers((operation.x,))
             return self._run(operation)
         composite = opened(func)
         if composite is not None:
             with self:
                 return composite(*args, **kwargs)
         result = func(*args, **kwargs)
+        if self.marks and isinstance(result, Tensor | tuple | list):
+            self._refuse_readers(args)
         if is_move(func) and self.recipes:
             self._follow_move(func, args, kwargs, result)
         return result
@@ -254,7 +179,20 @@ class AdaptMode(TorchFunctionMode):
     def _marked(self, y: Tensor, norm: Norm | None) -> Tensor:
         if norm is not None:
             self.folded[id(y)] = (weakref.ref(y), norm.mean)
+            self.marks[id(y)] = (weakref.ref(y), self.namer.last)
         return y
+
+    def _refuse_readers(self, values: Any) -> None:
+        """PlanError when one of these is a folded layer's output: the plan says that its norm alone reads it."""
+        for value in values:
+            key = _living(self.marks, value) if isinstance(value, Tensor) else None
+            if key is not None:
+                raise unfolded(key)
+
+    def finish(self) -> None:
+        """Hold the forward pass against the plan: every folded layer's output went into its norm."""
+        for _, key in self.marks.values():
+            raise unfolded(key)
 
     def _payload(self, key: str, codec: Codec, source: Tensor, x: Tensor) -> tuple[Payload, Codec]:
         """What the codec makes of x; made once for all layers that read the same tensor."""
@@ -299,6 +237,7 @@ class AdaptMode(TorchFunctionMode):
     def _norm(self, operation: Operation, name: str) -> Tensor:
         mean = _living(self.folded, operation.x)
         if mean is not None and mean is operation.mean:
+            self.marks.pop(id(operation.x), None)
             return operation.x
         x, gamma, beta = operation.x, operation.weight, operation.bias
         if operation.mean is None or operation.var is None:
@@ -350,6 +289,16 @@ _HANDLERS: dict[str, Callable[[AdaptMode, Operation, str], Tensor]] = {
     "maxpool": AdaptMode._maxpool,
     "shape_only": AdaptMode._shape_only,
 }
+
+
+def unfolded(key: str) -> PlanError:
+    """The error for a batch norm that was not run on the very output that it was folded into."""
+    return PlanError(
+        "The batch norm after a layer was not run on that layer's output, as it was on the sample",
+        where=key,
+        why="it is computed with the layer, so another reader would see normalised values",
+        fix="Register hooks before adapt(), take the same way through the model, or adapt with a sample that takes it.",
+    )
 
 
 def _without_gradient(operation: Operation, norm: Norm | None, gamma: Tensor | None, beta: Tensor | None) -> Tensor:

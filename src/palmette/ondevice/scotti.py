@@ -65,6 +65,8 @@ class Scotti:
 
     def _slope(self, speeds: dict[str, Tensor]) -> float:
         """Derivative of loss + weight * share by theta, times tau, through the soft gate."""
+        if not speeds:
+            return 0.0
         speed = torch.cat(list(speeds.values()))
         worth = torch.cat([self.worth.get(key, torch.zeros(len(v), dtype=torch.float64)) for key, v in speeds.items()])
         gate = torch.sigmoid((speed - self.theta) / self.config.tau)

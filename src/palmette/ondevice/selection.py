@@ -20,7 +20,7 @@ from palmette.graph.inputs import call
 from palmette.meter.calls import opened
 from palmette.ondevice.codec import Codec
 from palmette.ondevice.layer import Layer
-from palmette.ondevice.mode import Namer
+from palmette.ondevice.names import Namer
 from palmette.ondevice.operations import parse
 from palmette.ondevice.plan import MemoryPlan
 from palmette.ondevice.planner import Costs, always_kept, draft, infeasible, lossless, memory_plan, parameters_of
@@ -31,7 +31,7 @@ from palmette.ondevice.trace import Call, Trace, trace
 
 Axis = Literal["inputs", "outputs"]
 _REFILLS = 2
-_FIXED_SHARE = 0.5  # of the budget, at most, for what is kept whatever channels are chosen
+_FIXED_SHARES = (0.5, 0.75, 0.95)  # of the budget, for what is kept whatever channels are chosen; the first that works
 
 
 class Selector(Protocol):
@@ -156,20 +156,31 @@ def open_view(model: nn.Module, request: Request, axis: Axis, seed: int = 0) -> 
     costs = Costs.of(model, request.copies)
     view = View(model, request, found, costs, torch.Generator().manual_seed(seed), axis)
     layers = [entry for entry in found.layers() if entry.layer is not None and not entry.made and entry.weights]
+    if axis == "inputs":  # a column of a grouped weight belongs to a channel of every group
+        layers = [e for e in layers if layer_of(e).groups == 1 or layer_of(e).weight_shape[1] == 1] or layers[-1:]
     single = [entry for entry in layers if "#" not in entry.key and found.times_used(entry.weights[0]) == 1]
     view.head = layers[-1].key
     pool = [entry for entry in single if entry.key != view.head]
     view.layers = {entry.key: entry for entry in pool}
     if request.budget is not None:
-        low, high = 0, len(pool)  # the first layer of the pool: what is kept anyway falls as it moves back
-        while low < high:
-            middle = (low + high) // 2
-            if _fixed_bytes(view, pool[middle:]) <= _FIXED_SHARE * request.budget:
-                high = middle
-            else:
-                low = middle + 1
-        view.layers = {entry.key: entry for entry in pool[low:]}
+        for share in _FIXED_SHARES:
+            view.layers = {entry.key: entry for entry in _reached(view, pool, share * request.budget)}
+            room = request.budget - _fixed_bytes(view, list(view.layers.values()))
+            if any(sum(_price(view, key)) <= room for key in view.layers):
+                break
     return view
+
+
+def _reached(view: View, pool: Sequence[Call], most: float) -> Sequence[Call]:
+    """The longest tail of the pool that keeps at most this many bytes beside its channels: they fall as it shortens."""
+    low, high = 0, len(pool)
+    while low < high:
+        middle = (low + high) // 2
+        if _fixed_bytes(view, pool[middle:]) <= most:
+            high = middle
+        else:
+            low = middle + 1
+    return pool[low:]
 
 
 def _fixed_bytes(view: View, pool: Sequence[Call]) -> int:
@@ -210,13 +221,29 @@ def fill(view: View, order: Iterable[tuple[str, int]]) -> MemoryPlan:
     chosen: dict[str, list[int]] = {}
     waiting = _take(view, chosen, waiting, budget - base)
     plan, nbytes = _plan(view)
-    if nbytes > budget:
-        raise infeasible(budget, nbytes, f"the last layer, {view.head}, is always trained", view.request)
-    for _ in range(_REFILLS):  # layers that were not drawn keep less than was set aside for them
-        first = min((places[key] for key in chosen), default=0)
+    if nbytes > budget or (waiting and not chosen):
+        least = max(nbytes, _least(view))
+        raise infeasible(
+            budget, least, f"the last layer, {view.head}, is always trained, and one channel", view.request
+        )
+    for _ in range(_REFILLS if chosen else 0):  # layers that were not drawn keep less than was set aside for them
+        first, before = min(places[key] for key in chosen), dict(view.chosen)
         waiting = _take(view, chosen, [pair for pair in waiting if places[pair[0]] >= first], budget - nbytes)
-        plan, nbytes = _plan(view)
+        refilled, nbytes = _plan(view)
+        if nbytes > budget:
+            view.chosen = before
+            break
+        plan = refilled
     return plan
+
+
+def _least(view: View) -> int:
+    """Bytes of the head and one channel of the layer before it."""
+    entries = [entry for entry in view.found.layers() if entry.layer is not None and entry.key != view.head]
+    if not entries:
+        return 0
+    view.layers.setdefault(entries[-1].key, entries[-1])
+    return _fixed_bytes(view, entries[-1:]) + sum(_price(view, entries[-1].key))
 
 
 def _take(

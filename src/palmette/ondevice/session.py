@@ -314,7 +314,8 @@ class _Loop:
 
 def clip_gradients(adaptation: Adaptation, most: float) -> float:
     """Scale all gradients, those in factors too, so that their common norm is at most this; returns what it was."""
-    grads = [p.grad for p in adaptation.parameters() if p.grad is not None]
+    standing_in = set() if adaptation.swaps is None else {id(p) for p in adaptation.swaps.parameters()}
+    grads = [p.grad for p in adaptation.parameters() if p.grad is not None and id(p) not in standing_in]
     factored = [] if adaptation.swaps is None else [part for *_, part in adaptation.swaps.modules if part.pending]
     squares = [torch.linalg.vector_norm(grad).square() for grad in grads]
     squares += [_squared_norm(part) for part in factored]

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from palmette.graph.inputs import call
 from palmette.meter.calls import opened
-from palmette.meter.training import left_as_found
+from palmette.meter.training import check_loss, left_as_found
 from palmette.ondevice.layer import Layer
 from palmette.ondevice.mode import Namer, is_checkpointed, saving_hooks
 from palmette.ondevice.operations import Operation, is_move, parse
@@ -152,7 +152,8 @@ class _Recorder(TorchFunctionMode):
             result = func(*args, **kwargs)
         finally:
             self.current = before
-        if any(True for _ in _tensors(result)):  # asking for a size is not reading
+        # asking for a size is not reading
+        if getattr(func, "__name__", "") in _READERS or any(True for _ in _tensors(result)):
             self.reads.update(read)
         self._finish(index, operation, result, source)
         return result
@@ -222,6 +223,9 @@ class _Recorder(TorchFunctionMode):
         return self.recipes.get(self.numbers.tensor(x)) if isinstance(x, Tensor) else None
 
 
+_READERS = {"register_hook", "retain_grad", "tolist", "item", "numpy", "__array__", "__float__", "__int__", "__bool__"}
+
+
 def _own_bytes(operation: Operation, result: Tensor) -> int:
     count = result.numel()
     if operation.kind in ("masked", "dropout"):
@@ -248,7 +252,7 @@ def trace(model: nn.Module, x: Any, y: Any = None, loss: Callable[[Any, Any], Te
             recorder.reads[recorder.numbers.tensor(tensor)] += 1
         if loss is not None:
             recorder.watching = False
-            loss(output, y)
+            check_loss(model, loss(output, y))
     return _assembled(recorder)
 
 

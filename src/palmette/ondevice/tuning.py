@@ -30,6 +30,8 @@ class Tuning:
     view: View
     epoch: int = 0
     optimizers: list[Any] = field(default_factory=list)  # weak references
+    seen: dict[str, tuple[int, int]] = field(default_factory=dict)  # weights as last read or written
+    closed: bool = False
 
     @classmethod
     def open(cls, model: nn.Module, request: Request, selector: Selector) -> tuple[Tuning, MemoryPlan]:
@@ -42,27 +44,53 @@ class Tuning:
     def begin(self, engine: Engine) -> None:
         """Make the compact parameters of the plan in force."""
         engine.tuned = {key: taken(self._weight(key), part) for key, part in engine.plan.slices.items()}
+        self._note(engine)
 
     def sync(self, engine: Engine) -> None:
         """Write the compact parameters back into the weights."""
         for key, part in engine.plan.slices.items():
             put_back(self._weight(key), part, engine.tuned[key])
+        self._note(engine)
+
+    def refresh(self, engine: Engine) -> None:
+        """Take anew from weights that someone else has written (a checkpoint that was loaded, an average)."""
+        for key, part in engine.plan.slices.items():
+            weight = self._weight(key)
+            if (id(weight), weight._version) != self.seen.get(key):
+                with torch.no_grad():
+                    engine.tuned[key].copy_(taken(weight, part))
+        self._note(engine)
+
+    def close(self, engine: Engine) -> None:
+        """Leave the weights as they are; optimizers that are still around write nothing any more."""
+        self.refresh(engine)
+        self.closed = True
+
+    def _note(self, engine: Engine) -> None:
+        self.seen = {key: (id(self._weight(key)), self._weight(key)._version) for key in engine.plan.slices}
 
     def next_epoch(self, engine: Engine, before: Before) -> None:
         """Choose anew: other compact parameters, in the same optimizers, with the state of what stays in training."""
-        self.sync(engine)
+        self.refresh(engine)
         self.epoch += 1
         if not self.selector.dynamic:
             self.view.gradients.clear()
             return
-        with without(self.model, engine, before):
-            unfreeze(self.model, before)
-            plan = fill(self.view, self.selector.choose(self.view, self.epoch))
+        chosen = dict(self.view.chosen)
+        plan = engine.plan
+        try:
+            with without(self.model, engine, before):
+                unfreeze(self.model, before)
+                plan = fill(self.view, self.selector.choose(self.view, self.epoch))
+        except BaseException:
+            self.view.chosen = chosen
+            raise
+        finally:
+            freeze(self.model, plan.frozen, before)
         self.view.gradients.clear()
         old_parts, old = engine.plan.slices, engine.tuned
         engine.plan = plan
         self.begin(engine)
-        freeze(self.model, plan.frozen, before)
         for reference in self.optimizers:
             optimizer = reference()
             if optimizer is not None:
@@ -72,9 +100,12 @@ class Tuning:
         """Before each step of the optimizer gather the gradients' norms, after it write the weights back."""
         self.optimizers.append(weakref.ref(optimizer))
         optimizer.register_step_pre_hook(lambda *_: self._before_step(engine))
-        optimizer.register_step_post_hook(lambda *_: self.sync(engine))
+        optimizer.register_step_post_hook(lambda *_: None if self.closed else self.sync(engine))
 
     def _before_step(self, engine: Engine) -> None:
+        if self.closed:
+            return
+        self.refresh(engine)
         for key, tuned in engine.tuned.items():
             if tuned.grad is None:
                 continue

@@ -13,6 +13,8 @@ Shapes: weight [O, I] -> L [O, K], R [K, I]. Cost of a step: K (O + I) (K + r). 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -74,6 +76,7 @@ class FactoredLinear(nn.Module):
         self.codec, self.lagged = codec, config.reproduce
         self.state: State = {}
         self.pending: list[tuple[Tensor, Tensor | None]] = []
+        self.made = 0.0  # norm of `left.grad` as it was made
         self.residual = torch.zeros_like(layer.weight) if config.error_feedback else None
         lost = torch.linalg.vector_norm(layer.weight.detach() - left @ right)
         self.start_error = float(lost / torch.linalg.vector_norm(layer.weight.detach()).clamp_min(1e-30))
@@ -91,6 +94,28 @@ class FactoredLinear(nn.Module):
     def dense(self) -> Tensor:
         """The weight [O, I]."""
         return (self.left @ self.right).detach()
+
+    def note(self, t: Tensor, u: Tensor | None) -> None:
+        """Add a gradient T U^T. `left.grad` stands for it where gradients are cleared, clipped or unscaled."""
+        seen = t @ (self.right.T if u is None else u.T @ self.right.T)
+        if self.left.grad is None or not bool(self.left.grad.any()):
+            self.pending.clear()  # gradients were cleared since
+            self.left.grad = seen
+        else:
+            self.left.grad = self.left.grad + seen
+        self.pending.append((t, u))
+        self.made = float(torch.linalg.vector_norm(self.left.grad))
+
+    def take(self) -> None:
+        """Before a step: do to the gradient in factors what was done to `left.grad`, and drop that."""
+        if self.left.grad is None:
+            self.pending.clear()
+            return
+        now = float(torch.linalg.vector_norm(self.left.grad))
+        scale = now / self.made if self.made > 0 else 1.0
+        if scale != 1.0:
+            self.pending = [(t * scale, u) for t, u in self.pending]
+        self.left.grad = None
 
     def step(self, rate: float, decay: float = 0.0) -> None:
         """One step of gradient descent on the product, by the factors alone; forgets the gradients."""
@@ -127,7 +152,7 @@ class _Thin(Function):
         module: FactoredLinear = ctx.module
         with no_autocast(grad.device):
             form = module.codec.form(tuple(payload), ctx.layer)
-            module.pending.append(linear_weight_gradient_factored(form, grad))
+            module.note(*linear_weight_gradient_factored(form, grad))
             dx = (grad @ left) @ right if ctx.needs_input_grad[0] else None
         db = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
         return dx, db, None, None
@@ -231,15 +256,32 @@ class Swaps:
                 why="the gradient exists in factors alone, momentum or Adam would need it whole",
                 fix="Use adaptation.optimizer(torch.optim.SGD, lr=...) without momentum.",
             )
+        optimizer.register_step_pre_hook(lambda *_: self.take())
         optimizer.register_step_post_hook(lambda *_: self.step(group["lr"], group["weight_decay"]))
+
+    def take(self) -> None:
+        """Make the gradients in factors what clipping and clearing left of them."""
+        for *_, factored in self.modules:
+            factored.take()
 
     def step(self, rate: float, decay: float) -> None:
         """Move all factors."""
         for *_, factored in self.modules:
             factored.step(rate, decay)
 
-    def forget(self) -> None:
-        """Drop gradients that no step has used."""
-        for *_, factored in self.modules:
-            factored.pending.clear()
-            factored.state.clear()
+    def parameters(self) -> list[nn.Parameter]:
+        """The left factors, whose gradients stand for those in factors."""
+        return [factored.left for *_, factored in self.modules]
+
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """In this block, gradients and what codecs remember are put away; after it, back."""
+        parts = [factored for *_, factored in self.modules]
+        held = [(part.pending, dict(part.state), part.left.grad, part.made) for part in parts]
+        for part in parts:
+            part.pending, part.left.grad = [], None
+        try:
+            yield
+        finally:
+            for part, (pending, state, grad, made) in zip(parts, held, strict=True):
+                part.pending, part.state, part.left.grad, part.made = pending, state, grad, made
