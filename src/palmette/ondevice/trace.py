@@ -21,7 +21,8 @@ from palmette.graph.inputs import call
 from palmette.meter.calls import opened
 from palmette.meter.training import check_loss, left_as_found
 from palmette.ondevice.layer import Layer
-from palmette.ondevice.mode import Namer, is_checkpointed, saving_hooks
+from palmette.ondevice.mode import is_checkpointed, saving_hooks
+from palmette.ondevice.names import Namer
 from palmette.ondevice.operations import Operation, is_move, parse
 from palmette.ondevice.plan import Fold
 
