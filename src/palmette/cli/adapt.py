@@ -88,9 +88,9 @@ def adapt(
 
 def show(result: AdaptResult) -> None:
     """Print a result: what is kept and by whom, the accuracy before and after, and the path of the report."""
-    for line in result.text.splitlines():
-        tables.say(line)
     if result.tuned is None:
+        for line in result.text.splitlines():
+            tables.say(line)
         tables.say("Dry run: nothing was trained or written")
         return
     found = result.figures["accuracy"]

@@ -92,7 +92,7 @@ class AdaptMode(TorchFunctionMode):
         super().__init__()
         self.engine, self.plan = engine, engine.plan
         self.namer = Namer(model, engine.names)
-        self.payloads: dict[tuple[int, int, Codec], tuple[Any, Payload]] = {}
+        self.payloads: dict[tuple[int, int, torch.dtype, Codec], tuple[Any, Payload]] = {}
         self.recipes: dict[int, tuple[Any, Recipe]] = {}
         self.folded: dict[int, tuple[Any, Tensor]] = {}  # output of a folded layer -> the norm's mean
         self.marks: dict[int, tuple[Any, str]] = {}  # outputs of folded layers that their norm has not read yet
@@ -202,7 +202,7 @@ class AdaptMode(TorchFunctionMode):
                 raise PlanError("The input of a layer cannot be computed again", where=key, fix="Adapt anew.")
             autocast = torch.is_autocast_enabled(x.device.type)
             return (recipe.source.detach(),), Rebuilt(steps=recipe.steps, autocast=autocast, dtype=x.dtype)
-        cached = (id(source), source._version, codec)
+        cached = (id(source), source._version, x.dtype, codec)
         found = self.payloads.get(cached)
         if found is not None and found[0]() is source:
             return found[1], codec

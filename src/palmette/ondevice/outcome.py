@@ -130,7 +130,10 @@ def run_adapt(
             say(f"before: {100 * before.accuracy:.2f} % on {before.n:,} {judged.name} samples")
         vanilla = vanilla_memory(model.train(), *sample, loss, freeze_bn=wish.freeze_bn)
         adaptation = _adapted(model, sample, wish, loss_fn)
-        session = _Session(adaptation, wish, run, vanilla, judged, names, hashes)
+        if say is not None:
+            for line in adaptation.report().splitlines():
+                say(line)
+        session = _Session(adaptation, wish, run, vanilla, judged, names, hashes, say)
         return session.finish(before, train_loader, val_loader, resume)
 
 
@@ -195,6 +198,7 @@ class _Session:
     judged: _Judge
     names: Mapping[str, str]
     hashes: dict[str, str]
+    say: Say | None
 
     def finish(self, before: Evaluation, train: Iterable[Any], val: Iterable[Any], resume: bool) -> AdaptResult:
         """Train, take the plan off, judge, write."""
@@ -215,6 +219,7 @@ class _Session:
             run_dir=run.folder,
             resume=resume,
             seed=wish.seed,
+            say=self.say,
         )
         model.train()
         memory["bytes"]["measured_at_end"] = adaptation.measure().saved_bytes

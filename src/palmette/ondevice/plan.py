@@ -81,7 +81,11 @@ class MemoryPlan:
             parts |= {name: tuple(parts[name]) for name in ("stock", "frozen", "recompute")}
             return cls(**parts)
         except (KeyError, TypeError, ValueError, AttributeError, InputError) as error:
-            raise PlanError("The text is no memory plan", why=f"{type(error).__name__}: {error}") from error
+            raise PlanError(
+                "The text is no memory plan",
+                why=str(error),
+                fix="Pass what to_json() wrote; of a file, its text: Path('plan.json').read_text().",
+            ) from error
 
 
 def codec_from(entry: Mapping[str, Any]) -> Codec:

@@ -119,6 +119,7 @@ def fine_tune(
     seed: int = 0,
     schedule: Schedule = "cosine",
     clip: float | None = 2.0,
+    say: Callable[[str], None] | None = None,
 ) -> FineTuned:
     """Train an adapted model within its budget; the model is left adapted, in eval mode.
 
@@ -127,6 +128,7 @@ def fine_tune(
     rises over the first twentieth of the steps and falls to zero; "constant". clip: bound on the norm of all gradients.
     A selection method chooses anew after every epoch but the last. Validation data is looked at after every epoch, test
     data before the first and after the last; neither chooses anything.
+    say: is told each epoch in a line, and where a resumed training goes on.
     run_dir: after each epoch the state goes into adapt.safetensors there. resume: go on from it, where it is; adapt the
     same model by the same call first. The global random states are as before at the end.
 
@@ -142,12 +144,21 @@ def fine_tune(
     file = None if run_dir is None else Path(run_dir) / CHECKPOINT
     if file is not None and file.exists() and not resume:
         raise RunError("There is a checkpoint already", where=str(file), fix="Resume, or choose another folder.")
-    loop = _Loop(adaptation, train_loader, val_loader, recipe, file)
+    loop = _Loop(adaptation, train_loader, val_loader, recipe, file, say or _silent)
     with preserved(train_loader):
         try:
             return loop.run(test_loader)
         finally:
             adaptation.model.eval()
+
+
+def _silent(_line: str) -> None:
+    """Say nothing."""
+
+
+def _told(entry: dict[str, Any], epochs: int) -> str:
+    seen = f", validation {100 * entry['val_accuracy']:.2f} %" if "val_accuracy" in entry else ""
+    return f"epoch {entry['epoch'] + 1} of {epochs}: loss {entry['loss']:.4f}{seen}"
 
 
 @dataclass
@@ -159,6 +170,7 @@ class _Loop:
     val: Iterable[Any] | None
     recipe: Recipe
     file: Path | None
+    say: Callable[[str], None]
     epoch: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
 
@@ -180,6 +192,7 @@ class _Loop:
             before = None if packed is None else Evaluation.unpack(packed)
             restore(self.adaptation, stored[0], stored[1]["state"], str(self.file))
             self.epoch, self.history = stored[1]["epoch"], stored[1]["history"]
+            self.say(f"resumed after epoch {self.epoch} of {self.recipe.epochs}")
         resumed = self.epoch
         optimizer = self._optimizer()
         if stored is not None:
@@ -197,6 +210,7 @@ class _Loop:
                 entry = self._epoch(optimizer, steps, report)
                 self.history.append(entry | self._judged())
                 self.epoch += 1
+                self.say(_told(self.history[-1], self.recipe.epochs))
                 if self.epoch < self.recipe.epochs:
                     self.adaptation.next_epoch()
                 self._save(optimizer, identity, before)
