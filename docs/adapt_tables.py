@@ -177,7 +177,7 @@ def speed_table() -> str:
     text = (
         "Time of a training step divided by stock's, forward, backward and SGD, batch 16, one thread: medians of "
         "interleaved runs with "
-        "their 95 % interval. Stock again is the noise of the comparison. By `speed.py`."
+        "their quartiles. Stock again is the noise of the comparison. By `speed.py`."
     )
     return f"### Time\n\n{text}\n\n{table(('', *arms), lines)}"
 
