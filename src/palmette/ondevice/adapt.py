@@ -65,9 +65,9 @@ def adapt(
         if plan is not None:
             made = _given(plan, request, model)
         elif request.entry is not None and request.entry.sites == "channel":
-            tuning, made = Tuning.open(model, request, cast(Selector, request.entry.score(request.config)))
+            tuning, made = Tuning.open(model, request, vanilla, cast(Selector, request.entry.score(request.config)))
         else:
-            made = searched(model, request)
+            made = searched(model, request, vanilla)
         if method == "wasi":
             swaps = Swaps()
             undo.callback(swaps.undo)

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from palmette.ondevice.codec import Payload, State
-from palmette.ondevice.factored import TuckerCodec, ladder, payload_of
+from palmette.ondevice.factored import TuckerCodec, payload_of, ranks_offered
 from palmette.ondevice.layer import Layer
-from palmette.ondevice.spectra import ranks_for_energy
 from palmette.ondevice.tucker import subspace_iteration
 from palmette.registry import Bounds, MethodConfig, method
 
@@ -59,6 +58,4 @@ class AsiConfig(MethodConfig):
 )
 def options(x: Tensor, layer: Layer, config: AsiConfig) -> list[Asi]:  # noqa: ARG001  # the interface of codecs
     """The Tucker forms to choose from for this input, from coarse to fine."""
-    if config.energy is not None:
-        return [Asi(ranks=ranks_for_energy(x, config.energy), published=config.reproduce)]
-    return [Asi(ranks=ranks, published=config.reproduce) for ranks in ladder(x)]
+    return [Asi(ranks=ranks, published=config.reproduce) for ranks in ranks_offered(x, config.energy)]

@@ -12,7 +12,7 @@ from torch import Tensor
 from palmette.ondevice.codec import Codec, Payload, compact
 from palmette.ondevice.factor_gradients import conv_weight_gradient, linear_weight_gradient
 from palmette.ondevice.layer import Layer
-from palmette.ondevice.spectra import spectra
+from palmette.ondevice.spectra import ranks_for_energy, spectra
 from palmette.ondevice.tucker import Tucker, clamp_ranks, dense, elements
 
 _RUNGS = 10  # candidates offered for one input
@@ -43,15 +43,7 @@ class TuckerCodec(Codec):
         form = self.form(payload, layer)
         if layer.kind == "linear":
             return linear_weight_gradient(form, grad)
-        return conv_weight_gradient(
-            form,
-            grad,
-            layer.weight_shape,
-            stride=layer.stride,
-            padding=layer.padding,
-            dilation=layer.dilation,
-            groups=layer.groups,
-        )
+        return conv_weight_gradient(form, grad, layer.weight_shape, **layer.geometry)
 
     def form(self, payload: Payload, layer: Layer) -> Tucker:
         """The payload as a Tucker form: a mode that no rank shortens has no factor."""
@@ -67,14 +59,19 @@ def payload_of(form: Tucker, source: Tensor) -> Payload:
     return (compact(core), *(compact(factor) for factor in form.factors if factor is not None))
 
 
-def ladder(x: Tensor, *, fixed_batch: bool = False) -> list[tuple[int, ...]]:
+def ranks_offered(x: Tensor, energy: float | None) -> list[tuple[int, ...]]:
+    """Ranks to choose from: those of the published rule where an energy is given, else the ladder."""
+    return ladder(x) if energy is None else [ranks_for_energy(x, energy)]
+
+
+def ladder(x: Tensor) -> list[tuple[int, ...]]:
     """Ranks from coarse to fine, each mode by itself: every step goes where a number kept saves the most energy.
 
-    fixed_batch: leave the batch mode whole. The error of a choice is bounded by the sum of what its modes leave out.
+    The error of a choice is bounded by the sum of what its modes leave out.
     """
     energies = [spectrum.double().cpu() for spectrum in spectra(x)]
     tails = [torch.cat([e.flip(0).cumsum(0).flip(0), e.new_zeros(1)]).tolist() for e in energies]
-    ranks = [x.shape[0] if fixed_batch and mode == 0 else 1 for mode in range(x.dim())]
+    ranks = [1] * x.dim()
     limit, total = _LARGEST * x.numel(), x.numel()
     marks = [_SMALLEST * total * (_LARGEST / _SMALLEST) ** (rung / (_RUNGS - 1)) for rung in range(_RUNGS)]
     found: list[tuple[int, ...]] = []

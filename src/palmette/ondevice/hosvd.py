@@ -16,9 +16,8 @@ from typing import Annotated, ClassVar
 from torch import Tensor
 
 from palmette.ondevice.codec import Payload, State
-from palmette.ondevice.factored import TuckerCodec, ladder, payload_of
+from palmette.ondevice.factored import TuckerCodec, payload_of, ranks_offered
 from palmette.ondevice.layer import Layer
-from palmette.ondevice.spectra import ranks_for_energy
 from palmette.ondevice.tucker import hosvd
 from palmette.registry import Bounds, MethodConfig, method
 
@@ -54,6 +53,4 @@ class HosvdConfig(MethodConfig):
 )
 def options(x: Tensor, layer: Layer, config: HosvdConfig) -> list[Hosvd]:  # noqa: ARG001  # the interface of codecs
     """The Tucker forms to choose from for this input, from coarse to fine."""
-    if config.energy is not None:
-        return [Hosvd(ranks=ranks_for_energy(x, config.energy), sequential=not config.reproduce)]
-    return [Hosvd(ranks=ranks, sequential=not config.reproduce) for ranks in ladder(x)]
+    return [Hosvd(ranks=ranks, sequential=not config.reproduce) for ranks in ranks_offered(x, config.energy)]

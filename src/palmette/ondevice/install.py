@@ -80,11 +80,7 @@ def unfreeze(model: nn.Module, before: Before) -> None:
 @contextmanager
 def without(model: nn.Module, engine: Engine, before: Before) -> Iterator[None]:
     """In this block, the model runs as if it were not adapted."""
-    model.__dict__.pop(_ENGINE, None)
-    model.__dict__.pop("forward", None)
-    model.__dict__.pop("zero_grad", None)
-    if before.forward is not None:
-        model.__dict__["forward"] = before.forward
+    _uninstall(model, before)
     try:
         yield
     finally:
@@ -100,13 +96,16 @@ def install(model: nn.Module, engine: Engine, before: Before) -> None:
     model.__dict__["zero_grad"] = types.MethodType(_zero_grad, model)
 
 
-def remove(model: nn.Module, before: Before) -> None:
-    """Leave the model as it was, with the weights that it has now."""
-    model.__dict__.pop(_ENGINE, None)
-    model.__dict__.pop("forward", None)
-    model.__dict__.pop("zero_grad", None)
+def _uninstall(model: nn.Module, before: Before) -> None:
+    for name in (_ENGINE, "forward", "zero_grad"):
+        model.__dict__.pop(name, None)
     if before.forward is not None:
         model.__dict__["forward"] = before.forward
+
+
+def remove(model: nn.Module, before: Before) -> None:
+    """Leave the model as it was, with the weights that it has now."""
+    _uninstall(model, before)
     modules = dict(model.named_modules())
     for path, training in before.training.items():
         modules[path].__dict__.pop("train", None)

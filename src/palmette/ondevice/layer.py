@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,11 @@ class Layer:
     def channel_axis(self) -> int:
         """The axis of x along which the layer's inputs lie."""
         return 1 if self.kind == "conv" else len(self.x_shape) - 1
+
+    @property
+    def geometry(self) -> dict[str, Any]:
+        """Stride, padding, dilation and groups, as keywords."""
+        return {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "groups": self.groups}
 
     @property
     def out_channels(self) -> int:

@@ -123,9 +123,7 @@ class AdaptMode(TorchFunctionMode):
             return self._layer(operation)
         name = self.namer.other(operation.name)
         if not (operation.x.requires_grad and torch.is_grad_enabled()) and operation.kind != "norm":
-            y = operation.compute(operation.x)
-            self._remember(operation, y, operation.x)
-            return y
+            return self._recipe(operation, name)
         with labelled(operation.name):
             return _HANDLERS[operation.kind](self, operation, name)
 
@@ -219,17 +217,15 @@ class AdaptMode(TorchFunctionMode):
             return operation.compute(operation.x)
         return functions.masked_activation(operation.x, operation.compute, operation.bends, operation.slopes)
 
-    def _smooth(self, operation: Operation, name: str) -> Tensor:  # noqa: ARG002  # one signature for all
+    def _smooth(self, operation: Operation, name: str) -> Tensor:
         if not operation.inplace or operation.backward is None or operation.x._is_view():
-            y = operation.compute(operation.x)
-            self._remember(operation, y, operation.x)
-            return y
+            return self._recipe(operation, name)
         source = operation.x.detach().clone()
         y = functions.smooth_in_place(operation.x, source, operation.compute, operation.backward)
         self._remember(operation, y, source)
         return y
 
-    def _recipe(self, operation: Operation, name: str) -> Tensor:  # noqa: ARG002
+    def _recipe(self, operation: Operation, name: str) -> Tensor:  # noqa: ARG002  # one signature for all
         y = operation.compute(operation.x)
         self._remember(operation, y, operation.x)
         return y

@@ -61,11 +61,6 @@ def parse(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation
     return None if parser is None else parser(func, *args, **kwargs)
 
 
-def is_known(func: Any) -> bool:
-    """Whether `parse` has a reading of the function."""
-    return func in _PARSERS
-
-
 def is_move(func: Any) -> bool:
     """Whether the function only rearranges the numbers of its first argument."""
     return func in _MOVES

@@ -23,7 +23,7 @@ from palmette.meter.training import TrainingMemory, default_loss
 from palmette.ondevice.accounts import accuracy_figures, described, memory_figures, vanilla_memory
 from palmette.ondevice.adapt import adapt
 from palmette.ondevice.adaptation import Adaptation
-from palmette.ondevice.session import CHECKPOINT, KINDS, FineTuned, Kind, Recipe, fine_tune, loss_for
+from palmette.ondevice.session import CHECKPOINT, KINDS, FineTuned, Kind, Recipe, fine_tune, loss_for, rate_of
 from palmette.registry import MethodConfig
 from palmette.report.render import render
 from palmette.run import Run
@@ -57,10 +57,9 @@ class Wish:
 
     def recipe(self) -> Recipe:
         """How to train."""
-        lr = KINDS[self.optimizer][3] if self.lr is None and self.optimizer in KINDS else self.lr
         return Recipe(
             epochs=self.epochs,
-            lr=lr or 0.0,
+            lr=rate_of(self.optimizer, self.lr),
             optimizer=self.optimizer,
             schedule="cosine",
             clip=self.clip,

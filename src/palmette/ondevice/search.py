@@ -53,9 +53,8 @@ class Request:
         return MemoryPlan(method=self.method, scope=self.scope, budget=self.budget, inputs=input_shapes(self.x))
 
 
-def searched(model: nn.Module, request: Request) -> MemoryPlan:
-    """The plan for the request. Raises BudgetError when no plan fits, InputError for a method without a budget."""
-    found = trace(model, request.x, request.y, request.loss)
+def searched(model: nn.Module, request: Request, found: Trace) -> MemoryPlan:
+    """The plan for the request, from the trace of its sample. BudgetError when none fits."""
     costs = Costs.of(model, 0 if request.scope == "peak" else request.copies)
     exact = draft(found, lossless(found), costs)
     plain = memory_plan(exact, request.blank(), {})

@@ -23,7 +23,7 @@ from palmette.ondevice.layer import Layer
 from palmette.ondevice.names import Namer
 from palmette.ondevice.operations import parse
 from palmette.ondevice.plan import MemoryPlan
-from palmette.ondevice.planner import Costs, always_kept, draft, infeasible, lossless, memory_plan, parameters_of
+from palmette.ondevice.planner import Costs, Draft, always_kept, draft, infeasible, lossless, memory_plan, parameters_of
 from palmette.ondevice.probe import channel_norms
 from palmette.ondevice.search import Request, training_only
 from palmette.ondevice.slices import Channels, Rows, slice_bytes, slice_of
@@ -150,9 +150,8 @@ class _Outputs(torch.overrides.TorchFunctionMode):
         return result
 
 
-def open_view(model: nn.Module, request: Request, axis: Axis, seed: int = 0) -> View:
+def open_view(model: nn.Module, request: Request, found: Trace, axis: Axis, seed: int = 0) -> View:
     """The view for a request: with as many layers, counted from the last, as leave half of the budget to channels."""
-    found = trace(model, request.x, request.y, request.loss)
     costs = Costs.of(model, request.copies)
     view = View(model, request, found, costs, torch.Generator().manual_seed(seed), axis)
     layers = [entry for entry in found.layers() if entry.layer is not None and not entry.made and entry.weights]
@@ -186,11 +185,10 @@ def _reached(view: View, pool: Sequence[Call], most: float) -> Sequence[Call]:
 def _fixed_bytes(view: View, pool: Sequence[Call]) -> int:
     """What is kept, beside the channels, when these layers may be trained."""
     free: dict[str, Codec] = {entry.key: Channels(axis=layer_of(entry).channel_axis) for entry in pool}
-    nbytes: int = _drafted(view, free)[0].nbytes
-    return nbytes
+    return _drafted(view, free).nbytes
 
 
-def _drafted(view: View, codecs: Mapping[str, Codec]) -> tuple[Any, Trace]:
+def _drafted(view: View, codecs: Mapping[str, Codec]) -> Draft:
     """The draft in which just these layers and the head are trained."""
     entries = {entry.key: entry for entry in view.found.layers()}
     trained = {entries[key].weights[0] for key in codecs}
@@ -204,7 +202,7 @@ def _drafted(view: View, codecs: Mapping[str, Codec]) -> tuple[Any, Trace]:
     parts: int = sum(slice_bytes(codec, layer_of(entries[key]), entries[key].itemsize) for key, codec in codecs.items())
     made = draft(found, used, view.costs, frozen=frozen)
     total: int = made.nbytes - whole + view.costs.copies * parts
-    return replace(made, nbytes=total), found
+    return replace(made, nbytes=total)
 
 
 def fill(view: View, order: Iterable[tuple[str, int]]) -> MemoryPlan:
@@ -281,7 +279,7 @@ def _price(view: View, key: str) -> tuple[int, int]:
 def _plan(view: View) -> tuple[MemoryPlan, int]:
     """The plan for the view's choice, and its bytes in the scope."""
     codecs = {key: view.codec(key, index) for key, index in view.chosen.items()}
-    made, _ = _drafted(view, codecs)
+    made = _drafted(view, codecs)
     plan = memory_plan(made, view.request.blank(), {})
     slices = {key: slice_of(codec, view.layer(key)) for key, codec in codecs.items()}
     whole = tuple(view.layers[key].weights[0] for key in slices)

@@ -105,6 +105,11 @@ class FineTuned:
         return "\n".join(lines)
 
 
+def rate_of(optimizer: str, lr: float | None) -> float:
+    """The learning rate, by default that of the optimizer; 0 for an optimizer that `Recipe` will refuse."""
+    return KINDS[optimizer][3] if lr is None and optimizer in KINDS else lr or 0.0
+
+
 def fine_tune(
     adaptation: Adaptation,
     train_loader: Iterable[Any],
@@ -138,8 +143,9 @@ def fine_tune(
     """
     if not adaptation.active:
         raise InputError("The adaptation is undone", fix="Call adapt() again.")
-    rate = KINDS[optimizer][3] if lr is None and optimizer in KINDS else lr
-    recipe = Recipe(epochs=epochs, lr=rate or 0.0, optimizer=optimizer, schedule=schedule, clip=clip, seed=seed)
+    recipe = Recipe(
+        epochs=epochs, lr=rate_of(optimizer, lr), optimizer=optimizer, schedule=schedule, clip=clip, seed=seed
+    )
     check_iterable(train_loader)
     file = None if run_dir is None else Path(run_dir) / CHECKPOINT
     if file is not None and file.exists() and not resume:

@@ -58,10 +58,7 @@ class Svd(Codec):
             layer.x_shape,
             grad,
             layer.weight_shape,
-            stride=layer.stride,
-            padding=layer.padding,
-            dilation=layer.dilation,
-            groups=layer.groups,
+            **layer.geometry,
         )
 
 

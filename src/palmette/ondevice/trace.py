@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from palmette.graph.inputs import call
 from palmette.meter.calls import opened
 from palmette.meter.training import check_loss, left_as_found
+from palmette.ondevice.bits import packed_bytes
 from palmette.ondevice.layer import Layer
 from palmette.ondevice.mode import is_checkpointed, saving_hooks
 from palmette.ondevice.names import Namer
@@ -47,7 +48,6 @@ class Call:
     x_grad: bool = False
     grad: bool = False
     trains: bool = False
-    contiguous: bool = True
     stays: bool = False  # torch's own form is used whatever the plan says
     own_bytes: int = 0  # of the form used here: masks, places, copies
     out_storage: int = -1
@@ -177,7 +177,6 @@ class _Recorder(TorchFunctionMode):
             self.numbers.storage(x),
             x.untyped_storage().nbytes() if x.untyped_storage()._cdata not in self.weights else 0,
             x.requires_grad and torch.is_grad_enabled(),
-            contiguous=x.is_contiguous(),
             layer=operation.layer,
         )
         parameters = [t for t in (operation.weight, operation.bias) if t is not None]
@@ -230,9 +229,9 @@ _READERS = {"register_hook", "retain_grad", "tolist", "item", "numpy", "__array_
 def _own_bytes(operation: Operation, result: Tensor) -> int:
     count = result.numel()
     if operation.kind in ("masked", "dropout"):
-        return -(-count // 8)
+        return packed_bytes(count)
     if operation.kind == "maxpool" and operation.window is not None:
-        return -(-count * (operation.window.bits or 8) // 8)
+        return packed_bytes(count, operation.window.bits or 8)
     if operation.kind == "smooth" and operation.inplace:
         return count * result.element_size()
     return 0

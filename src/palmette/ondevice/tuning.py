@@ -18,6 +18,7 @@ from palmette.ondevice.plan import MemoryPlan, Slice
 from palmette.ondevice.search import Request
 from palmette.ondevice.selection import Selector, View, fill, open_view
 from palmette.ondevice.slices import moved_state, put_back, taken
+from palmette.ondevice.trace import Trace
 
 
 @dataclass
@@ -34,9 +35,9 @@ class Tuning:
     closed: bool = False
 
     @classmethod
-    def open(cls, model: nn.Module, request: Request, selector: Selector) -> tuple[Tuning, MemoryPlan]:
+    def open(cls, model: nn.Module, request: Request, found: Trace, selector: Selector) -> tuple[Tuning, MemoryPlan]:
         """Look at the network, choose for the first epoch, and return the plan."""
-        view = open_view(model, request, selector.axis, getattr(getattr(selector, "config", None), "seed", 0))
+        view = open_view(model, request, found, selector.axis, getattr(getattr(selector, "config", None), "seed", 0))
         selector.start(view)
         tuning = cls(model, request, selector, view)
         return tuning, fill(view, selector.choose(view, 0))
