@@ -116,6 +116,13 @@ def test_methods_are_listed(capsys) -> None:
         assert f"\n{name} " not in shrinks
 
 
+def test_the_methods_of_one_command_are_listed(capsys) -> None:
+    assert run("methods", "adapt") == 0
+    printed = capsys.readouterr().out
+    assert "\nasi " in printed
+    assert "easier" not in printed
+
+
 def test_the_options_of_a_method_are_listed(capsys) -> None:
     assert run("methods", "auto") == 0
     printed = capsys.readouterr().out

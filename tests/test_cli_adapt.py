@@ -183,6 +183,13 @@ def test_shrink_refuses_methods_of_adapt(tmp_path, capsys) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_unknown_method_is_answered_with_those_of_adapt(tmp_path, capsys) -> None:
+    assert adapt(tmp_path / "run", "--method", "trad") == 2
+    printed = capsys.readouterr().err
+    assert "Did you mean 'trady'?" in printed
+    assert "easier" not in printed
+
+
 def test_a_folder_that_holds_a_run_is_left_alone(finished, capsys) -> None:
     before = (finished / "figures.json").read_bytes()
     assert adapt(finished, "--budget", "24KiB") == 2

@@ -260,10 +260,11 @@ def methods(wing: str | None = None) -> list[Method]:
     return sorted((entry for entry in _METHODS.values() if wing in (None, entry.wing)), key=lambda entry: entry.name)
 
 
-def get_method(name: str | Method) -> Method:
+def get_method(name: str | Method, *, verb: str | None = None) -> Method:
     """The method of that name, or that of a score function of your own, `path/file.py:function`; a Method as it is.
 
-    Raises UnknownMethod, which suggests the nearest name, and InputError for a file without that method.
+    Raises UnknownMethod, which suggests the nearest name (of the methods of `verb`, where one is given), and InputError
+    for a file without that method.
     """
     if isinstance(name, Method):
         return name
@@ -272,14 +273,15 @@ def get_method(name: str | Method) -> Method:
         return _own(name)
     if name in _METHODS:
         return _METHODS[name]
-    near = difflib.get_close_matches(name, _METHODS, n=1, cutoff=0.5)
-    listed = f"`palmette methods` lists all: {', '.join(sorted(_METHODS))}"
+    names = sorted(entry.name for entry in _METHODS.values() if verb in (None, entry.verb))
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    listed = f"`palmette methods` lists {'all' if verb is None else f'those of {verb}'}: {', '.join(names)}"
     raise UnknownMethod(f"no method is named {name!r}", fix=f"Did you mean {near[0]!r}? {listed}" if near else listed)
 
 
 def method_of(verb: str, name: str | Method) -> Method:
     """`get_method` for one verb. Raises UnknownMethod, and InputError for a method of another verb."""
-    entry = get_method(name)
+    entry = get_method(name, verb=verb)
     if entry.verb != verb:
         raise InputError(
             f"{entry.name!r} is a method of palmette {entry.verb}, not of {verb}",

@@ -87,7 +87,10 @@ def measure(
 
 def methods(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", show_default=False, help="A method, to see its options.")
+        str | None,
+        typer.Argument(
+            metavar="[NAME]", show_default=False, help="A method, for its options, or a command, for its own."
+        ),
     ] = None,
 ) -> None:
     """List the registered methods by the command that uses them, with paper and unit of their score, or one's options.
@@ -97,7 +100,7 @@ def methods(
     from palmette.registry import config_help, get_method
     from palmette.registry import methods as registered
 
-    if name is not None:
+    if name is not None and name not in _VERBS:
         entry = get_method(name)
         tables.say(entry.title if entry.paper.startswith("none") else f"{entry.title}. {entry.paper}")
         if options := option_rows(entry.config):
@@ -106,13 +109,13 @@ def methods(
         else:
             tables.say("It has no options")
         return
-    for verb, note in _VERBS.items():
+    for verb in _VERBS if name is None else (name,):
         rows = [
             (m.name, m.ranks, m.unit, m.title if m.paper.startswith("none") else f"{m.title}. {m.paper}")
             for m in registered()
             if m.verb == verb
         ]
-        title = f"Methods of palmette {verb}{note}"
+        title = f"Methods of palmette {verb}{_VERBS[verb]}"
         tables.console.print(tables.plain(title, ("name", "ranks", "unit of score", "what it does; paper"), rows))
         tables.console.print()
 
