@@ -89,7 +89,7 @@ def methods(
     name: Annotated[
         str | None,
         typer.Argument(
-            metavar="[NAME]", show_default=False, help="A method, for its options, or a command, for its own."
+            metavar="[NAME]", show_default=False, help="A method, for its options; a command, for its methods."
         ),
     ] = None,
 ) -> None:
