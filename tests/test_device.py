@@ -75,8 +75,30 @@ def test_weights_in_ram_count_against_it() -> None:
     assert len(list(DeviceProfile(ram=1500).exceeded(param_bytes=weights, peak_bytes=600))) == 1
 
 
+def test_the_reserve_of_the_runtime_counts_against_ram() -> None:
+    board = DeviceProfile(ram="1KiB", weights_in="flash", reserve="24B")
+    assert board.reserve_bytes == 24
+    assert list(board.exceeded(param_bytes=0, peak_bytes=1000)) == []
+    assert len(list(board.exceeded(param_bytes=0, peak_bytes=1001))) == 1
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("float16", 2), ("bfloat16", 2), ("int8", 1)])
+def test_an_element_has_the_bytes_of_its_type(dtype: str, size: int) -> None:
+    assert DeviceProfile(dtype=dtype).element_bytes == size
+
+
+def test_a_type_of_unknown_size_is_refused_by_name() -> None:
+    with pytest.raises(InputError, match=r"'int3' is not known .*Known: float32"):
+        _ = DeviceProfile(dtype="int3").element_bytes
+
+
+def test_a_profile_promises_nothing_in_place_unless_it_says_so() -> None:
+    profile = DeviceProfile()
+    assert (profile.inplace_elementwise, profile.inplace_depthwise, profile.reserve_bytes) == (False, False, 0)
+
+
 def test_bad_bounds_are_refused_when_the_profile_is_made() -> None:
-    for bad in ({"ram": "lots"}, {"flash": -1}, {"latency_ms": 0.0}, {"weights_in": "cloud"}):
+    for bad in ({"ram": "lots"}, {"flash": -1}, {"latency_ms": 0.0}, {"weights_in": "cloud"}, {"reserve": "some"}):
         with pytest.raises(InputError):
             DeviceProfile(**bad)  # type: ignore[arg-type]
 

@@ -15,6 +15,7 @@ _BYTES = {
     "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
     "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
 }  # fmt: skip
+_ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 _MILLISECONDS = {"us": 1e-3, "µs": 1e-3, "ms": 1.0, "s": 1e3}
 _QUANTITY = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([a-zµ]*)\s*", re.IGNORECASE)
 
@@ -76,7 +77,10 @@ class DeviceProfile:
 
     ram, flash: bytes, as a number or as text ("320KiB"); latency_ms: the longest forward pass.
     dtype: the type in which the device computes. weights_in: where the weights live while it computes; in "flash" they
-    take no RAM. Raises InputError for a bound that does not parse.
+    take no RAM. reserve: bytes of RAM that the runtime keeps for itself. inplace_elementwise: activations, gates and
+    additions write over their input; inplace_depthwise: depthwise convolutions do, channel by channel. Both matter to
+    memory that is computed from a formula, as for a supernet; a captured graph says itself what is in place. Raises
+    InputError for a bound that does not parse.
     """
 
     name: str = "custom"
@@ -85,9 +89,12 @@ class DeviceProfile:
     dtype: str = "float32"
     latency_ms: float | None = None
     weights_in: Literal["flash", "ram"] = "ram"
+    reserve: int | str = 0
+    inplace_elementwise: bool = False
+    inplace_depthwise: bool = False
 
     def __post_init__(self) -> None:
-        _ = self.ram_bytes, self.flash_bytes
+        _ = self.ram_bytes, self.flash_bytes, self.reserve_bytes
         if self.latency_ms is not None:
             parse_latency(self.latency_ms)
         if self.weights_in not in ("flash", "ram"):
@@ -103,9 +110,25 @@ class DeviceProfile:
         """The bound on flash in bytes."""
         return None if self.flash is None else parse_bytes(self.flash)
 
+    @property
+    def reserve_bytes(self) -> int:
+        """RAM in bytes that the runtime keeps for itself."""
+        return parse_bytes(self.reserve)
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of one activation or weight of `dtype`. Raises InputError for a type whose size is not known."""
+        if self.dtype not in _ELEMENT_BYTES:
+            raise InputError(
+                f"The size of {self.dtype!r} is not known",
+                where=f"profile {self.name!r}",
+                fix=f"Known: {', '.join(_ELEMENT_BYTES)}.",
+            )
+        return _ELEMENT_BYTES[self.dtype]
+
     def exceeded(self, *, param_bytes: int, peak_bytes: int, latency_ms: float | None = None) -> Iterator[str]:
         """One sentence for each bound that a network breaks, with what it needs; a latency of None is not compared."""
-        ram = peak_bytes + (param_bytes if self.weights_in == "ram" else 0)
+        ram = peak_bytes + self.reserve_bytes + (param_bytes if self.weights_in == "ram" else 0)
         if self.ram_bytes is not None and ram > self.ram_bytes:
             yield f"needs {format_bytes(ram)} of RAM, the device has {format_bytes(self.ram_bytes)}"
         if self.flash_bytes is not None and param_bytes > self.flash_bytes:
