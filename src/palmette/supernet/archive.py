@@ -40,10 +40,11 @@ class Archive:
 
     def add(self, *entries: Measured) -> None:
         """Add or replace measurements; the last one of a network counts. Raises InputError, RunError."""
-        for entry in entries:
+        plain = [Measured(entry.network, float(entry.value), int(entry.peak)) for entry in entries]
+        for entry in plain:
             if not math.isfinite(entry.value) or entry.peak < 0:
                 raise InputError(f"{entry} is no measurement", why="a finite value and a peak of at least 0 are needed")
-        self._entries |= {entry.network: entry for entry in entries}
+        self._entries |= {entry.network: entry for entry in plain}
         lines = [{"archive": 1, "about": self.about}, *(asdict(entry) for entry in self)]
         write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in lines))
 

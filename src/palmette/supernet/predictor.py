@@ -1,9 +1,9 @@
 """Accuracy from a configuration, learnt from measured networks, and how far that can be trusted.
 
 Ridge regression on the papers' 0/1 code is additive, so that palmette.supernet.exact finds its optimum. On accuracy
-itself it promises too much at the corner of a space, where gains stop adding up; on the logarithm of the error they go
-on doing so, and the optimum is still found exactly. The papers' own predictor, a perceptron with three layers of 400, is
-here to compare.
+itself it promises too much at the corner of a space, where gains stop adding up; on the logarithm of the error they
+go on doing so, and the optimum is still found exactly. The papers' own predictor, a perceptron with three layers of
+400, is here to compare.
 
 Source: MOOFA, arXiv 2409.05900 (code and perceptron); tau-b: Kendall 1945.
 """
@@ -194,9 +194,14 @@ def agreement(predicted: Any, measured: Any, *, draws: int = 1000, seed: int = 0
     often = np.concatenate([np.ones((1, n)), often])  # the sample itself first
     rmse, bias = np.sqrt(often @ error**2 / n), often @ error / n
     tau = _tau(p, m, often)
-    low, high = (np.nanpercentile(np.stack([rmse, bias, tau])[:, 1:], q, axis=1) for q in (2.5, 97.5))
-    pairs = [(float(a), float(b)) for a, b in zip(low, high, strict=True)]
-    return Agreement(n, float(rmse[0]), pairs[0], float(bias[0]), pairs[1], float(tau[0]), pairs[2])
+    return Agreement(n, *_with_interval(rmse), *_with_interval(bias), *_with_interval(tau))
+
+
+def _with_interval(values: Array) -> tuple[float, tuple[float, float]]:
+    """The first value, and the interval in which 95 % of the others lie, undefined ones left out."""
+    drawn = values[1:][np.isfinite(values[1:])]
+    low, high = np.percentile(drawn, [2.5, 97.5]) if len(drawn) else (np.nan, np.nan)
+    return float(values[0]), (float(low), float(high))
 
 
 def _tau(p: Array, m: Array, often: Array) -> Array:
