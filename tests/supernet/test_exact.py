@@ -9,7 +9,7 @@ from statistics import NormalDist
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from palmette.device import DeviceProfile
@@ -57,6 +57,7 @@ def test_counts_and_smallest_budget_equal_those_of_all_networks(samples, metric,
     assert search.smallest_budget()[0] == peaks.min()
 
 
+@settings(max_examples=60)
 @given(data=st.data())
 def test_the_optimum_is_that_of_all_networks(samples, data):
     space = samples.random_space(data.draw(st.integers(0, 50)))

@@ -6,7 +6,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from palmette.supernet.multichoice import choose
@@ -22,6 +22,7 @@ def by_trying(scores, costs, bounds, floor):
     return best
 
 
+@settings(max_examples=300)
 @given(st.integers(0, 10**9), st.integers(0, 2), st.booleans())
 def test_the_best_of_all_solutions_is_found(seed, kinds, whole):
     rng = np.random.default_rng(seed)
@@ -47,3 +48,11 @@ def test_many_equal_options_do_not_multiply():
     assert found is not None
     assert found.score == 6
     assert choose(scores, costs, np.array([6.0, 5.0])) is None
+
+
+def test_rounding_drops_no_option():
+    scores = [np.array([0.5058876391526496, 1.4757763408462061]), np.array([0.25097477418601744, 0.004607296735731958])]
+    costs = [np.array([[2.0, 6.0], [28.0, 18.0]]), np.array([[2.0, 6.0], [18.0, 2.0]])]
+    found = choose(scores, costs, np.array([35.408407051758005, 22.661380513125124]))
+    assert found is not None
+    assert found.options == [0, 0]

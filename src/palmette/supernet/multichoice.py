@@ -2,7 +2,7 @@
 
 Lagrange multipliers give an upper bound on every solution, and tell of each option how much of that bound it gives
 away. Solutions are put together group by group from options whose losses sum to less than the gap between the bound and
-the best solution known, so that none is missed; a front of score against cost thins them out where there is one cost.
+the best solution known, so that none is missed; of those that another beats in score and in all costs, none is kept.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ class Choice(NamedTuple):
 def choose(scores: Sequence[Array], costs: Sequence[Array], bounds: Array, floor: float = -np.inf) -> Choice | None:
     """The best solution with a score above `floor`; None when there is none.
 
-    scores: [options] per group; costs: [options, C] per group, not negative; bounds [C] on their sums. Exact up to the
-    rounding of float64 sums. Time and memory are small where near-optimal solutions are few, exponential at worst.
+    scores: [options] per group; costs: [options, C] per group, not negative, C at most 2; bounds [C] on their sums.
+    Exact up to the rounding of float64 sums. Time and memory are small where near-optimal solutions are few,
+    exponential at worst.
     """
-    if any(not len(score) for score in scores):
+    if not all(len(score) for score in scores):
         return None
     if not len(bounds):
         options = [int(score.argmax()) for score in scores]
@@ -40,6 +41,8 @@ def choose(scores: Sequence[Array], costs: Sequence[Array], bounds: Array, floor
     if (room < 0).any():
         return None
     fits = [np.flatnonzero((cost - low <= room).all(1)) for cost, low in zip(costs, least, strict=True)]
+    if not all(len(i) for i in fits):
+        return None
     fits = [i[_front(score[i], cost[i])] for score, cost, i in zip(scores, costs, fits, strict=True)]
     groups = [_Group(score[i], cost[i]) for score, cost, i in zip(scores, costs, fits, strict=True)]
     found = _search(groups, bounds, floor)
@@ -56,7 +59,7 @@ def _search(groups: list[_Group], bounds: Array, floor: float) -> Choice | None:
     price, bound = _prices(groups, bounds)
     values = [group.score - group.cost @ price for group in groups]
     losses = [value.max() - value for value in values]
-    everything = sum(float(loss.max()) for loss in losses)
+    everything = sum(float(loss.max()) for loss in losses) * (1 + 1e-9)  # no option may fall to rounding
     best, reach = None, everything / 1000
     while True:
         span = min(reach, bound - floor, everything)

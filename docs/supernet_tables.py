@@ -1,0 +1,198 @@
+"""The section "Supernets: search on measured networks" of the page of benchmarks, from supernet_imagenet.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from layout import table
+
+FILE = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "supernet_imagenet.json"
+SPACES = ("OFA", "CompOFA", "MOOFA")
+
+ABOUT = """
+The measured sub-networks of OFA, CompOFA and MOOFA that MOOFA's authors published (ImageNet, about 60 % of them are
+used here: {networks}). Palmette finds the best configuration within a budget exactly, for a
+predictor that adds up. **Only what is called measured was measured**, on the whole validation set: of the {optima}
+optima below, {hits} are among the measured networks; what is said of the others is a prediction. By
+`benchmarks/supernet/imagenet.py`.
+"""
+
+PREDICTORS = """
+Agreement with measured networks that were not learnt from, in points of top-1 and as Kendall's tau, with 95 % intervals
+of a bootstrap. Near the optimum: the best predicted 5 % of the networks in each bin of peak memory between two budgets;
+bias is predicted minus measured. On top-1 itself a sum of gains promises too much there.
+"""
+
+PAPER = """
+The papers' metric (largest sum of a convolution's input, output and weights, in elements). Published: the network that
+the authors' evolutionary search found, and its measured top-1. Measured: the best of the stored networks within the
+budget, a lower bound of what the space holds.
+"""
+
+OPTIMA = """
+The exact optima of a ridge regression on the log of the error, learnt from 80 % of the networks: predicted top-1, peak,
+and the median time of a search in milliseconds ({hardware}, one thread). They lie at corners of the space where nothing
+was measured: expect less. At an equal peak they promise up to {gap:.1f} points more than any network known there has.
+"""
+
+MCU = """
+Bytes of an int8 microcontroller: weights in flash, activations, additions and depthwise convolutions in place, all
+that is alive counted. Best measured top-1 (as trained, in floating point) and the predicted optimum, each with its
+weights in MB of flash, which nothing bounds in the first table. A dash: nothing fits, or nothing that was measured.
+"""
+
+FLASH = "The same with 6 MiB of flash:"
+
+REPLAY = """
+A search whose truth is known: {splits} times, 200 random networks are learnt from, and the one that is predicted best
+within the budget is chosen among the others. Measured top-1, averages. In brackets, where 90 % of the distances between
+chosen and best lie. Against the best of the 200 that were measured anyway, MOOFA gains; OFA and CompOFA, whose networks
+lie closer together, hardly do.
+"""
+
+BOUNDED = """
+MOOFA with bounds on sums beside the peak, still exact: median time of a search in milliseconds.
+"""
+
+
+def supernet_section() -> str:
+    """All tables; nothing where no results are stored."""
+    if not FILE.exists():
+        return ""
+    found = json.loads(FILE.read_text())
+    networks = ", ".join(f"{count:,} of {name}" for name, count in found["networks"].items())
+    paper = {(row["space"], row["budget"]): row for row in found["searches"] if row["metric"] == "moofa"}
+    device = {(row["space"], row["budget"]): row for row in found["searches"] if row["metric"].endswith("controller")}
+    flash = {(row["space"], row["budget"]): row for row in found["searches"] if row["metric"].endswith("flash")}
+    optima_found = [row["optimum"] for row in found["searches"] if "optimum" in row]
+    hits = sum(optimum["measured"] is not None for optimum in optima_found)
+    processor = found["environment"]["hardware"]["processor"]
+    return "\n\n".join(
+        [
+            "## Supernets: search on measured networks",
+            ABOUT.format(networks=networks, hits=hits, optima=len(optima_found)).strip(),
+            f"### Predictors\n\n{PREDICTORS.strip()}",
+            predictors(found["predictors"]),
+            f"### Within the papers' budgets\n\n{PAPER.strip()}",
+            measured(paper),
+            OPTIMA.format(hardware=processor, gap=_gap(paper)).strip(),
+            optima(paper),
+            f"### Within the bytes of a microcontroller\n\n{MCU.strip()}",
+            microcontroller(device),
+            FLASH,
+            microcontroller(flash),
+            f"### Chosen and best, both measured\n\n{REPLAY.format(splits=found['replays'][0]['splits']).strip()}",
+            replays(found["replays"]),
+            f"### More than one bound\n\n{BOUNDED.strip()}",
+            bounded(found["bounded"]),
+        ]
+    )
+
+
+def predictors(rows: list[dict[str, Any]]) -> str:
+    """Agreement by space, number of networks and predictor."""
+    head = ("", "learnt from", "predictor", "RMSE", "tau", "RMSE near the optimum", "bias there")
+    lines = []
+    for row in rows:
+        near = row["best of each bin"]
+        cells = [_interval(row["all"], "rmse"), _interval(row["all"], "tau")]
+        lines.append(
+            (row["space"], f"{row['n']:,}", row["predictor"], *cells, _interval(near, "rmse"), _interval(near, "bias"))
+        )
+    return table(head, lines)
+
+
+def _interval(found: dict[str, Any], name: str) -> str:
+    low, high = found[f"{name}_interval"]
+    if name == "tau":
+        return f"{found[name]:.3f} [{low:.3f}, {high:.3f}]"
+    sign = "+" if name == "bias" else ""
+    return f"{100 * found[name]:{sign}.2f} [{100 * low:{sign}.2f}, {100 * high:{sign}.2f}]"
+
+
+def measured(rows: dict[tuple[str, int], dict[str, Any]]) -> str:
+    """Published and best measured top-1 by budget."""
+    head = ("budget", *(f"{space}, {what}" for space in SPACES for what in ("published", "measured")))
+    lines = []
+    for budget in _budgets(rows):
+        cells = [f"{budget // 1000:,}k"]
+        for space in SPACES:
+            row = rows[space, budget]
+            top1, peak, _ = row["published"]
+            cells += [f"{top1:.2f} ({peak:,})", _best(row)]
+        lines.append(cells)
+    return table(head, lines)
+
+
+def _best(row: dict[str, Any]) -> str:
+    best = row.get("best_measured")
+    return f"{100 * best['measured']:.2f} ({best['peak']:,})" if best else "-"
+
+
+def optima(rows: dict[tuple[str, int], dict[str, Any]]) -> str:
+    """Predicted top-1, peak and time by budget."""
+    head = ("budget", *(f"{space}, {what}" for space in SPACES for what in ("predicted", "ms")))
+    lines = []
+    for budget in _budgets(rows):
+        cells = [f"{budget // 1000:,}k"]
+        for space in SPACES:
+            row = rows[space, budget]
+            found = row["optimum"]
+            cells += [f"{100 * found['predicted']:.2f} ({found['peak']:,})", f"{row['median_ms']:.1f}"]
+        lines.append(cells)
+    return table(head, lines)
+
+
+def _gap(rows: dict[tuple[str, int], dict[str, Any]]) -> float:
+    """The most, in points, by which a predicted optimum at a published peak exceeds the best top-1 known within it."""
+    gaps = []
+    for row in rows.values():
+        (top1, peak, _), found, best = row["published"], row["optimum"], row["best_measured"]
+        if found["peak"] == peak:
+            gaps.append(100 * found["predicted"] - max(top1, 100 * best["measured"]))
+    return max(gaps)
+
+
+def microcontroller(rows: dict[tuple[str, int], dict[str, Any]]) -> str:
+    """Best measured and predicted optimum by budget in KiB."""
+    head = ("RAM", *(f"{space}, {what}" for space in SPACES for what in ("measured", "predicted")))
+    lines = []
+    for budget in _budgets(rows):
+        cells = [f"{budget // 1024} KiB"]
+        for space in SPACES:
+            row = rows[space, budget]
+            for name, value in (("best_measured", "measured"), ("optimum", "predicted")):
+                found = row.get(name)
+                cells.append(f"{100 * found[value]:.1f} ({found['params'] / 1e6:.1f})" if found else "-")
+        lines.append(cells)
+    return table(head, lines)
+
+
+def replays(rows: list[dict[str, Any]]) -> str:
+    """Chosen against best, average, and the best that was learnt from."""
+    head = ("", "budget", "chosen", "best", "average", "best of the 200", "best minus chosen")
+    lines = []
+    for row in rows:
+        if row["budget"] in (350_000, 450_000, 600_000, 800_000):
+            low, high = row["regret_5_95"]
+            points = [f"{100 * row[name]:.2f}" for name in ("chosen", "best", "average", "learnt")]
+            gap = f"{100 * (row['best'] - row['chosen']):.2f} [{100 * low:.2f}, {100 * high:.2f}]"
+            lines.append((row["space"], f"{row['budget'] // 1000:,}k", *points, gap))
+    return table(head, lines)
+
+
+def bounded(rows: list[dict[str, Any]]) -> str:
+    """Time, peak and sums of optima with further bounds."""
+    head = ("budget", "bounds", "ms", "peak", "MACs, M", "parameters, M")
+    lines = []
+    for row in rows:
+        said = ", ".join(f"{name} <= {bound // 10**6} M" for name, bound in row["bounds"].items())
+        sums = [f"{row[name] / 1e6:.1f}" for name in ("macs", "params")]
+        lines.append((f"{row['budget'] // 1000:,}k", said, f"{row['median_ms']:.0f}", f"{row['peak']:,}", *sums))
+    return table(head, lines)
+
+
+def _budgets(rows: dict[tuple[str, int], dict[str, Any]]) -> list[int]:
+    return sorted({budget for _, budget in rows})
