@@ -71,6 +71,17 @@ def test_an_equalised_space_fits_and_no_stage_could_be_wider(space, flash):
         assert over or (flash is not None and widths[stage] > max(fitted.widths))
 
 
+def test_what_fits_keeps_its_width():
+    fitted = equalised(MOOFA, replace(BOARD, ram="64MiB", flash="3MiB"))
+    assert (fitted.stem, fitted.first) == (MOOFA.stem, MOOFA.first)
+    odd = replace(MOOFA, stem=4, first=9, final=250, last=129)
+    fitted = equalised(odd, replace(BOARD, ram="2MiB"))
+    assert (fitted.stem, fitted.first, fitted.final, fitted.last) == (4, 9, 250, 129)
+    # 9 channels would expand to 40 at 112 x 112, 8 expand to 32.
+    tight = equalised(odd, replace(BOARD, ram="512KiB"))
+    assert tight.first == 8
+
+
 def test_equalised_stages_need_about_the_same():
     fitted = equalised(MOOFA, replace(BOARD, ram="1MiB"))
     block = fitted.peak_table(BOARD, fitted.resolutions[-1:]).block

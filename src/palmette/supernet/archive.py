@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from palmette.errors import InputError, RunError
-from palmette.files import read_bytes, write_atomic
+from palmette.files import plain, read_bytes, write_atomic
 
 
 @dataclass(frozen=True)
@@ -33,18 +33,18 @@ class Archive:
     """
 
     def __init__(self, path: str | Path, about: dict[str, Any]) -> None:
-        self.path, self.about = Path(path), json.loads(json.dumps(about))
+        self.path, self.about = Path(path), plain(about, "what an archive is about")
         self._entries: dict[str, Measured] = {}
         if self.path.exists():
             self._read()
 
     def add(self, *entries: Measured) -> None:
         """Add or replace measurements; the last one of a network counts. Raises InputError, RunError."""
-        plain = [Measured(entry.network, float(entry.value), int(entry.peak)) for entry in entries]
-        for entry in plain:
+        added = [Measured(entry.network, float(entry.value), int(entry.peak)) for entry in entries]
+        for entry in added:
             if not math.isfinite(entry.value) or entry.peak < 0:
                 raise InputError(f"{entry} is no measurement", why="a finite value and a peak of at least 0 are needed")
-        self._entries |= {entry.network: entry for entry in plain}
+        self._entries |= {entry.network: entry for entry in added}
         lines = [{"archive": 1, "about": self.about}, *(asdict(entry) for entry in self)]
         write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in lines))
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 PENALTIES = tuple(float(p) for p in np.logspace(-2, 3, 21))
+_FOLDS = 5
 
 
 @dataclass(frozen=True)
@@ -48,16 +49,15 @@ class Ridge:
         *,
         scale: Literal["log_error", "linear"] = "log_error",
         penalties: tuple[float, ...] = PENALTIES,
-        folds: int = 5,
         seed: int = 0,
     ) -> Ridge:
         """Fit measured values [N] in closed form; the penalty is that of the least squared error in cross-validation.
 
         values: accuracies below 1 for the scale "log_error", any for "linear". The mean is not penalised; the folds are
-        drawn by `seed`. Raises InputError for fewer rows than folds, values of another length or beyond the scale, and
+        drawn by `seed`. Raises InputError for fewer than five rows, values of another length or beyond the scale, and
         for a configuration that the space does not have.
         """
-        code, measured = one_hot(space, configs), _checked(configs, values, least=max(folds, 2))
+        code, measured = one_hot(space, configs), _checked(configs, values, least=_FOLDS)
         if scale == "log_error":
             if measured.max() >= 1:
                 raise InputError(
@@ -66,9 +66,9 @@ class Ridge:
                     fix='Divide percentages by 100, or write scale="linear".',
                 )
             measured = -np.log1p(-measured)
-        fold = np.random.default_rng(seed).permutation(len(measured)) % folds
+        fold = np.random.default_rng(seed).permutation(len(measured)) % _FOLDS
         errors = np.zeros(len(penalties))
-        for number in range(folds):
+        for number in range(_FOLDS):
             out = fold == number
             weights, constants = _solve(code[~out], measured[~out], penalties)
             errors += ((code[out] @ weights + constants - measured[out, None]) ** 2).sum(0)

@@ -163,7 +163,8 @@ class StagedSpace:
     ) -> tuple[list[str], Ints]:
         """Names of the layers and their memory, int64 [N, layers], in the metric's unit; 0 where a layer is not there.
 
-        For a DeviceProfile these are bytes, and operations rather than layers; weights in RAM are left out.
+        For a DeviceProfile these are bytes, and operations rather than layers; weights in RAM are left out. How evenly
+        a network uses its memory is `layers.sum(1) / (layers > 0).sum(1) / layers.max(1)`.
         """
         at = self.places(Configs(kernel, expand, depth, resolution))
         layers = memory_layers(self, metric_of(metric), at.resolutions)

@@ -121,7 +121,7 @@ class Block:
             yield "depthwise activation", 2 * narrow + kept
         if self.squeezed is not None:
             # The pooled vector becomes the narrow one, and that the gate: at most one pair is alive beside the tensor.
-            pair = self.hidden + self.squeezed if inplace else np.maximum(2 * self.hidden, 2 * self.squeezed)
+            pair = self.hidden + self.squeezed if inplace else 2 * np.maximum(self.hidden, self.squeezed)
             yield "squeeze", narrow + pair + kept
             yield "excitation", (1 if inplace else 2) * narrow + self.hidden + kept
 
@@ -214,10 +214,11 @@ def _blocks(space: StagedSpace, resolutions: Ints) -> Iterator[_Place]:
     inputs = space.first
     for stage, (outputs, stride) in enumerate(zip(space.widths, space.strides, strict=True)):
         for number in range(space.blocks):
-            after = halved(side) if stride == 2 and number == 0 else side
+            strided = stride == 2 and number == 0
+            after = halved(side) if strided else side
             hidden = np.array([round8(inputs * e) for e in space.expands], dtype=np.int64)
             gate = np.array([round8(h // 4) for h in hidden], dtype=np.int64) if space.se[stage] else None
-            shortcut = after is side and inputs == outputs
+            shortcut = not strided and inputs == outputs
             block = Block(inputs, outputs, hidden, kernel, side**2, after**2, shortcut, gate)
             yield _Place(f"stage {stage} block {number}", (stage, number), block)
             inputs, side = outputs, after
@@ -229,10 +230,11 @@ def halved(side: Ints) -> Ints:
 
 
 def _broadcast(space: StagedSpace, layers: list[Layer], resolutions: int) -> list[Layer]:
-    full, one = (resolutions, len(space.kernels), len(space.expands)), (resolutions, 1, 1)
-    return [
-        layer._replace(
-            values=np.broadcast_to(layer.values, full if layer.place else one).reshape(full if layer.place else -1)
-        )
-        for layer in layers
-    ]
+    made = []
+    for name, place, values in layers:
+        if place is None:
+            values = np.broadcast_to(values, (resolutions, 1, 1)).reshape(-1)
+        else:
+            values = np.broadcast_to(values, (resolutions, len(space.kernels), len(space.expands)))
+        made.append(Layer(name, place, values))
+    return made

@@ -144,14 +144,19 @@ def _peak(space: StagedSpace, profile: DeviceProfile) -> int:
 
 
 def _largest(fits: Callable[[int], bool], limit: int | None = None, step: int = 8) -> int:
-    """The largest multiple of `step` that fits, up to `limit`; the smallest where none does."""
+    """The largest multiple of `step` that fits, or `limit` where that does; the smallest multiple where none does."""
+    top = 2**40 if limit is None else limit
+
+    def inside(count: int) -> bool:
+        return count * step < top + step and fits(min(count * step, top))
+
     low, high = 1, 2
-    while fits(high * step) and (limit is None or high * step < limit):
+    while inside(high):
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle * step) else (low, middle)
-    return low * step if limit is None else min(low * step, limit)
+        low, high = (middle, high) if inside(middle) else (low, middle)
+    return min(low * step, top)
 
 
 def _ram(profile: DeviceProfile) -> int | None:
