@@ -46,8 +46,8 @@ class Nursery:
         assert line, "the nursery died"
         return line.strip()
 
-    def heal(self, case: str, folder: Path, kill_after: float | None = None) -> int:
-        """Run a case; the exit status, -9 when it was killed."""
+    def heal(self, case: str, folder: Path, kill_after: float | None = None, *, inside: bool = False) -> int:
+        """Run a case; the exit status, -9 when it was killed: after seconds, or once it has saved inside an epoch."""
         folder.mkdir(exist_ok=True)
         self.process.stdin.write(f"{case} {folder}\n")
         self.process.stdin.flush()
@@ -55,6 +55,9 @@ class Nursery:
         killer = None
         if kill_after is not None:
             killer = threading.Timer(kill_after, self._kill, (child,))
+            killer.start()
+        elif inside:
+            killer = threading.Timer(0, self._kill_inside, (child, folder / "state.safetensors"))
             killer.start()
         status = int(self.read())
         if killer is not None:
@@ -66,6 +69,15 @@ class Nursery:
             os.kill(child, signal.SIGKILL)
         except ProcessLookupError:
             return
+
+    def _kill_inside(self, child: int, state: Path) -> None:
+        while not is_inside(state):
+            try:
+                os.kill(child, 0)
+            except ProcessLookupError:
+                return
+            time.sleep(0.001)
+        self._kill(child)
 
     def close(self) -> None:
         self.process.stdin.close()
@@ -80,6 +92,14 @@ def nursery():
     opened.close()
 
 
+def is_inside(state: Path) -> bool:
+    """Whether the file is there and was saved inside an epoch; a state is never half-written."""
+    if not state.exists():
+        return False
+    _, meta = load_checkpoint(state)
+    return not meta["done"] and meta["place"]["step"] > 0
+
+
 def outcome(folder: Path) -> tuple[bytes, dict]:
     return (folder / "state.safetensors").read_bytes(), json.loads((folder / "outcome.json").read_text())
 
@@ -91,17 +111,13 @@ def test_killed_and_resumed_is_bit_identical(nursery, tmp_path, case):
     assert nursery.heal(case, whole) == 0
     duration = time.monotonic() - started
     moments = random.Random(f"{case}-moments")
-    kills = inside = 0
-    for _ in range(6):
+    state = broken / "state.safetensors"
+    tries = (nursery.heal(case, broken, inside=True) != 0 and is_inside(state) for _ in range(3))
+    assert any(tries), "no kill left a state inside an epoch"
+    for _ in range(5):
         if nursery.heal(case, broken, kill_after=moments.uniform(0.1, 0.8) * duration) == 0:
             break
-        kills += 1
-        if (broken / "state.safetensors").exists():
-            _, meta = load_checkpoint(broken / "state.safetensors")  # never half-written
-            inside += not meta["done"] and meta["place"]["step"] > 0
     assert nursery.heal(case, broken) == 0
-    assert kills >= 1, "the machine was too fast to interrupt the job: make it longer"
-    assert inside >= 1, "no kill left a state inside an epoch"
     assert outcome(broken) == outcome(whole)
 
 
