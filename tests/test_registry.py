@@ -19,7 +19,15 @@ from palmette.registry import Bounds, Method, MethodConfig, check_method, get_me
 
 NAMES = [entry.name for entry in methods()]
 BATTERIES = {"depth": battery.CHECKS, "ondevice": adapt_battery.CHECKS}
-CASES = [(entry.name, check) for entry in methods() for check in BATTERIES[entry.wing]]
+LONG = ("nothing_at_zero_rounds", "saved_and_loaded", "resumed")
+"""Checks that take seconds: the default suite runs one of them for each method, in turn, the slow one all."""
+
+
+def cases():
+    for index, entry in enumerate(methods()):
+        for check in BATTERIES[entry.wing]:
+            later = check in LONG and check != LONG[index % len(LONG)]
+            yield pytest.param(entry.name, check, marks=[pytest.mark.slow] * later)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +99,7 @@ def test_two_methods_of_one_name_are_refused() -> None:
     assert get_method("easier").sites == "activation"
 
 
-@pytest.mark.parametrize(("name", "check"), CASES)
+@pytest.mark.parametrize(("name", "check"), list(cases()))
 def test_behaviour(name: str, check: str) -> None:
     entry = get_method(name)
     BATTERIES[entry.wing][check](entry)
@@ -141,10 +149,6 @@ def _vandal(captured, candidates, loader, config, *, seed):
 def test_the_battery_catches_bad_methods(score, check: str, complaint: str) -> None:
     with pytest.raises(VerifyError, match=complaint):
         battery.CHECKS[check](_broken(name="bad", score=score))
-
-
-def test_check_method_lists_what_passed() -> None:
-    assert check_method("random") == list(battery.CHECKS)
 
 
 def test_a_new_method_is_one_file_and_no_shared_edit(tmp_path) -> None:
@@ -201,7 +205,7 @@ def test_a_method_of_a_file_of_ones_own(tmp_path, monkeypatch) -> None:
     entry = get_method(f"{file}:score")
     assert entry.name == "back_first"
     assert get_method(f"{file}:score") is entry is get_method("back_first")
-    assert "saved_and_loaded" in check_method(entry)
+    assert check_method(entry) == list(battery.CHECKS)
     with pytest.raises(InputError, match="the function is no method"):
         get_method(f"{file}:plain")
     with pytest.raises(InputError, match="no function 'other'"):

@@ -17,6 +17,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the cap is set from Linux's own account of memory")
 def test_vanilla_dies_and_palmette_learns_under_the_same_cap():
     dead = run("--vanilla", "--steps", "2")
