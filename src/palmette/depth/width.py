@@ -20,10 +20,10 @@ from torch import Tensor, fx, nn
 
 from palmette import compat
 from palmette.errors import DataError, InputError
-from palmette.graph.candidates import is_protected
 from palmette.graph.capture import capture
 from palmette.graph.channel_rules import first
 from palmette.graph.channels import Channels
+from palmette.graph.groups import nearest, width_groups
 from palmette.graph.inputs import call, main_output, split_batch, to_device
 from palmette.graph.ops import CONVOLUTIONS, ChannelAffine, module_of
 from palmette.graph.resize import decide, resize
@@ -67,7 +67,7 @@ def prune_width(
         else pruning.importance.GroupTaylorImportance()
     )
     removed = torch.zeros_like(channels.pinned)
-    for group in _groups(channels, tuple(protect), keep_first):
+    for group in width_groups(channels, protect, keep_first=keep_first):
         stay = nearest(len(group) * (1 - ratio), round_to, len(group))
         if stay < len(group):
             scores = judge(_described(pruning, channels, group, scored)).nan_to_num()
@@ -84,31 +84,6 @@ def _check(ratio: float, importance: str, loader: Any, round_to: int) -> None:
         raise InputError(f"Unknown importance '{importance}'", fix=f"Use one of {', '.join(IMPORTANCES)}.")
     if importance == "taylor" and loader is None:
         raise InputError("importance 'taylor' needs data", fix="Pass a loader of (inputs, target) pairs.")
-
-
-def nearest(wanted: float, multiple: int, most: int) -> int:
-    """The nearest of `most` and the multiples below it, at least one multiple."""
-    low = min(max(1, int(wanted / multiple)) * multiple, most)
-    high = min(low + multiple, most)
-    return high if high - wanted <= wanted - low else low
-
-
-def _groups(channels: Channels, protect: tuple[str, ...], keep_first: bool) -> list[Tensor]:
-    """Classes [n] of channels that the same layers write and that may go, a list per set of layers."""
-    writers = channels.writers
-    free = ~channels.pinned
-    for index, node in enumerate(writers):
-        if is_protected(str(node.meta["path"]), protect) or (keep_first and index == 0):
-            free[channels.of(node)] = False
-    members: dict[int, list[int]] = {}
-    for index, node in enumerate(writers):
-        for c in channels.of(node).tolist():
-            members.setdefault(c, []).append(index)
-    sets: dict[tuple[int, ...], list[int]] = {}
-    for c, indices in members.items():
-        if bool(free[c]):
-            sets.setdefault(tuple(indices), []).append(c)
-    return [torch.tensor(classes) for classes in sets.values()]
 
 
 def _described(pruning: Any, channels: Channels, group: Tensor, scored: fx.GraphModule) -> Any:

@@ -6,7 +6,7 @@ so that `load` can repeat it on a fresh copy of the source network without algeb
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -32,12 +32,12 @@ def resize(gm: fx.GraphModule, decision: dict[str, Any]) -> fx.GraphModule:
     for path in decision["folded"]:
         give_bias(_layer(gm, path))
     for entry in decision["layers"]:
-        _narrow(_layer(gm, entry["path"]), entry)
+        narrow(_layer(gm, entry["path"]), entry, _cut)
     for entry in decision["states"]:
         _narrow_state(gm, entry)
     for entry in decision["sizes"]:
         node = node_at(gm, entry["path"])
-        node.args = (first(node), entry["sizes"], *node.args[2:])
+        node.args = resized_args(node, entry)
     info = gm.meta["palmette"]
     info["steps"] = [*info.get("steps", []), {"resize": decision}]
     gm.recompile()
@@ -118,25 +118,50 @@ def _layer(gm: fx.GraphModule, path: str) -> nn.Module:
     return layer
 
 
-def _narrow(layer: Any, entry: dict[str, Any]) -> None:
-    """Cut the tensors of one layer, in place; its counts of channels follow."""
+def resized_args(node: fx.Node, entry: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The node's arguments with the sizes of an entry; None in their place leaves one as it is."""
+    place = entry.get("argument", 1)
+    own: Any = node.args[place]
+    sizes = [old if new is None else new for old, new in zip(own, entry["sizes"], strict=True)]
+    return (*node.args[:place], sizes, *node.args[place + 1 :])
+
+
+Cutter = Callable[[Tensor, int, Mapping[str, Any], str], Tensor]
+"""What stays of a tensor along an axis, given what an entry says of that side, and the layer's path."""
+
+
+def narrow(layer: Any, entry: Mapping[str, Any], cut: Cutter) -> None:
+    """Cut the tensors of one layer, in place; its counts of channels and the edge of its kernel follow."""
     path = entry["path"]
+    if "kernel" in entry:
+        _crop(layer, entry["kernel"], cut, path)
     if "columns" in entry:
-        layer.weight = _cut(layer.weight, 1, entry["columns"], path)
+        layer.weight = cut(layer.weight, 1, entry["columns"], path)
     side = entry.get("rows") or entry.get("channels")
     if side is not None:
         for name in ("weight", "bias", "running_mean", "running_var", "slope", "offset"):
             value = getattr(layer, name, None)
             if value is not None:
-                setattr(layer, name, _cut(value, 0, side, path))
+                setattr(layer, name, cut(value, 0, side, path))
     if hasattr(layer, "num_features"):
         layer.num_features = len(layer.running_mean)
     elif hasattr(layer, "in_features"):
         layer.out_features, layer.in_features = layer.weight.shape
     elif not isinstance(layer, ChannelAffine):
         layer.out_channels = len(layer.weight)
-        layer.groups = layer.out_channels if "channels" in entry else 1
+        if "channels" in entry:
+            layer.groups = layer.out_channels
         layer.in_channels = layer.weight.shape[1] * layer.groups
+
+
+def _crop(layer: Any, size: int, cut: Cutter, path: str) -> None:
+    """Keep the centre of a convolution's kernel; its padding shrinks alike, so that the output keeps its shape."""
+    off = [(k - size) // 2 for k in layer.kernel_size]
+    for axis, (o, k) in enumerate(zip(off, layer.kernel_size, strict=True), start=2):
+        layer.weight = cut(layer.weight, axis, {"keep": [[o, o + size]], "of": k}, path)
+    layer.kernel_size = (size,) * len(off)
+    layer.padding = tuple(p - o * d for p, o, d in zip(layer.padding, off, layer.dilation, strict=True))
+    layer._reversed_padding_repeated_twice = [p for p in reversed(layer.padding) for _ in range(2)]
 
 
 def _narrow_state(gm: fx.GraphModule, entry: dict[str, Any]) -> None:
@@ -145,7 +170,7 @@ def _narrow_state(gm: fx.GraphModule, entry: dict[str, Any]) -> None:
     setattr(gm.get_submodule(path), leaf, _cut(value, entry["axis"], entry, entry["state"]))
 
 
-def _cut(value: Tensor, axis: int, side: dict[str, Any], path: str) -> Tensor:
+def _cut(value: Tensor, axis: int, side: Mapping[str, Any], path: str) -> Tensor:
     """What stays of a parameter or buffer along an axis."""
     keep = [i for start, stop in side["keep"] for i in range(start, stop)]
     if value.shape[axis] != side["of"] or not keep or keep[-1] >= side["of"]:

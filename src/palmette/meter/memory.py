@@ -35,7 +35,7 @@ def peak_bytes(captured: fx.GraphModule, batch: int = 1, *, hold_inputs: bool = 
 
 def live_bytes(captured: fx.GraphModule, batch: int = 1, *, hold_inputs: bool = True) -> dict[str, int]:
     """For every node of the graph, by name and in execution order: the bytes that are occupied while it runs."""
-    steps = _follow(captured, batch)
+    steps = follow(captured, batch)
     end = len(steps) - 1
     sizes: dict[int, int] = {}
     birth: dict[int, int] = {}
@@ -59,7 +59,7 @@ def live_bytes(captured: fx.GraphModule, batch: int = 1, *, hold_inputs: bool = 
 
 
 @dataclass
-class _Step:
+class Step:
     """What a node returned (storage -> bytes, weights left out), what it used, and the most it had newly allocated."""
 
     name: str
@@ -69,7 +69,11 @@ class _Step:
     allocated: int
 
 
-def _follow(captured: fx.GraphModule, batch: int) -> list[_Step]:
+def follow(captured: fx.GraphModule, batch: int) -> list[Step]:
+    """What every node of the graph does to memory in an eval forward pass at `batch`, in execution order.
+
+    Raises InputError when the graph cannot be followed without data.
+    """
     with evaluating(captured), FakeTensorMode(allow_non_fake_inputs=True) as fake:
         follower = _Follower(captured, fake)
         try:
@@ -103,7 +107,7 @@ class _Follower(fx.Interpreter):
         super().__init__(captured, garbage_collect_values=False)
         self.fake = fake
         self.where = ""
-        self.steps: list[_Step] = []
+        self.steps: list[Step] = []
         self.weights: set[int] = set()
         self.storages: dict[fx.Node, set[int]] = {}
 
@@ -119,7 +123,7 @@ class _Follower(fx.Interpreter):
         self.storages[n] = set(sizes)
         returned = {storage: size for storage, size in sizes.items() if storage not in self.weights}
         fresh = sum(size for storage, size in returned.items() if storage not in used)
-        self.steps.append(_Step(n.name, n.op == "placeholder", returned, used, max(fresh, allocations.peak)))
+        self.steps.append(Step(n.name, n.op == "placeholder", returned, used, max(fresh, allocations.peak)))
         return result
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:

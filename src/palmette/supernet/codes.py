@@ -1,0 +1,91 @@
+"""One-hot codes of configurations, and vectors over them whose product with a code is a number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from palmette.supernet.sites import Sites
+from palmette.supernet.space import Choice
+
+Ints = np.ndarray[Any, np.dtype[np.int64]]
+Floats = np.ndarray[Any, np.dtype[np.float64]]
+
+
+class Codes:
+    """The code of a configuration: a one, then for each choice zeros and a one at its value. Its length is `width`."""
+
+    def __init__(self, sites: Sites, choices: Sequence[Choice]) -> None:
+        self.sites, self.choices = sites, list(choices)
+        self.first: dict[str, int] = {}
+        self.width = 1
+        for choice in choices:
+            self.first[choice.name] = self.width
+            self.width += len(choice.values)
+        total = len(sites.channels.classes)
+        self._owner, self._rank = torch.full((total,), -1), torch.zeros(total, dtype=torch.long)
+        self._widths = [(name, values) for name, (_, values) in sites.widths.items()]
+        for index, (site, _) in enumerate(sites.widths.values()):
+            self._owner[site.classes], self._rank[site.classes] = index, torch.arange(len(site.classes))
+
+    def encode(self, configs: Iterable[Mapping[str, int]]) -> Ints:
+        """Configurations as numbers of values [n, choices]."""
+        place = [{v: i for i, v in enumerate(c.values)} for c in self.choices]
+        rows = [[p[config[c.name]] for p, c in zip(place, self.choices, strict=True)] for config in configs]
+        return np.array(rows, dtype=np.int64).reshape(-1, len(self.choices))
+
+    def decode(self, code: Ints) -> dict[str, int]:
+        """The configuration of numbers of values [choices]."""
+        return {c.name: int(c.values[i]) for c, i in zip(self.choices, code, strict=True)}
+
+    def onehot(self, codes: Ints) -> Floats:
+        """[n, width] of codes [n, choices]."""
+        out = np.zeros((len(codes), self.width))
+        out[:, 0] = 1.0
+        for j, choice in enumerate(self.choices):
+            out[np.arange(len(codes)), self.first[choice.name] + codes[:, j]] = 1.0
+        return out
+
+    def of(self, name: str, values: Sequence[float]) -> Floats:
+        """The vector that gives one number for each value of a choice."""
+        vector = np.zeros(self.width)
+        vector[self.first[name] : self.first[name] + len(values)] = values
+        return vector
+
+    def constant(self, value: float) -> Floats:
+        """The vector that gives the same number for every code."""
+        vector = np.zeros(self.width)
+        vector[0] = value
+        return vector
+
+    def kept(self, classes: Tensor) -> Floats:
+        """The vector that gives how many of some channels, by their classes, a code keeps."""
+        vector = self.constant(len(classes))
+        owner, rank = self._owner[classes], self._rank[classes]
+        for index in owner.unique().tolist():
+            if index >= 0:
+                name, values = self._widths[index]
+                ranks = rank[owner == index]
+                vector -= self.of(name, [float((ranks >= kept).sum()) for kept in values])
+        return vector
+
+    def gone(self) -> dict[fx.Node, Floats]:
+        """For each node of a block that may be left out, the vector that is 1 where it is."""
+        found = {
+            node: self.of(name, [float(kept * stage.period <= index) for kept in values])
+            for name, (stage, values) in self.sites.stages.items()
+            for index, block in enumerate(stage.blocks)
+            for node in block.region
+        }
+        constant: set[fx.Node] = set()
+        for node in self.sites.gm.graph.nodes:
+            if node.op == "get_attr" or (node.all_input_nodes and constant.issuperset(node.all_input_nodes)):
+                constant.add(node)
+        for node in reversed(self.sites.gm.graph.nodes):  # what is made of weights alone goes with all that read it
+            if node in constant and node.users and found.keys() >= node.users.keys():
+                found[node] = np.minimum.reduce([found[user] for user in node.users])
+        return found

@@ -1,0 +1,135 @@
+"""Run a captured network as one of its sub-networks: the same weights, sliced as they are read, blocks left out.
+
+Nothing is copied or moved: a slice is a view, or a selection, of the one weight that all sub-networks share, so that a
+gradient reaches what is active and is exactly zero everywhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from palmette.graph.blocks import Block
+from palmette.graph.ops import BATCH_NORMS, get_tensor
+from palmette.graph.resize import narrow, resized_args
+
+Statistics = Mapping[str, tuple[Tensor, Tensor]]
+"""Running mean and variance of each batch norm of a sub-network, by its path."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What a configuration leaves of a captured network: a decision of `resize`, and blocks that are skipped."""
+
+    decision: dict[str, Any]
+    dropped: tuple[Block, ...] = ()
+
+    @property
+    def skipped(self) -> set[fx.Node]:
+        """The nodes that do not run."""
+        return {node for block in self.dropped for node in block.region}
+
+
+class Runner:
+    """Runs a captured graph with a cut.
+
+    `transform`: what becomes of the cropped weight of a convolution whose kernel shrinks, given its path and weight.
+    """
+
+    def __init__(
+        self, gm: fx.GraphModule, cut: Cut, transform: Callable[[str, Tensor, int], Tensor] | None = None
+    ) -> None:
+        self.gm, self.transform = gm, transform
+        self.layers = {entry["path"]: entry for entry in cut.decision["layers"]}
+        self.states = {entry["state"]: entry for entry in cut.decision["states"]}
+        sizes = {entry["path"]: entry for entry in cut.decision["sizes"]}
+        skipped = cut.skipped
+        became = {block.output: block.source for block in cut.dropped}
+
+        def standing(node: fx.Node) -> fx.Node:
+            while node in became:
+                node = became[node]
+            return node
+
+        self.nodes = [node for node in gm.graph.nodes if node not in skipped]
+        self.args: dict[fx.Node, tuple[Any, Any]] = {}
+        last: dict[fx.Node, fx.Node] = {}
+        for node in self.nodes:
+            args = resized_args(node, sizes[node.meta["path"]]) if _resized(node, sizes) else node.args
+            self.args[node] = fx.node.map_arg(args, standing), fx.node.map_arg(node.kwargs, standing)
+            for source in node.all_input_nodes:
+                last[standing(source)] = node
+        self.frees: dict[fx.Node, list[fx.Node]] = {}
+        for source, node in last.items():
+            self.frees.setdefault(node, []).append(source)
+
+    def __call__(self, leaves: list[Any], statistics: Statistics | None = None) -> Any:
+        """The output for the leaves of the inputs, in the order of the placeholders."""
+        values: dict[fx.Node, Any] = {}
+        waiting = iter(leaves)
+        for node in self.nodes:
+            args, kwargs = (fx.node.map_arg(part, values.__getitem__) for part in self.args[node])
+            if node.op == "placeholder":
+                values[node] = next(waiting)
+            elif node.op == "get_attr":
+                values[node] = self._state(str(node.target))
+            elif node.op == "call_module":
+                values[node] = self._module(node, statistics)(*args, **kwargs)
+            elif node.op == "output":
+                return self.gm.graph.process_outputs(args[0])
+            else:
+                target: Any = node.target
+                values[node] = target(*args, **kwargs)
+            for source in self.frees.get(node, ()):
+                del values[source]
+        raise AssertionError("a captured graph has an output")
+
+    def _state(self, name: str) -> Tensor:
+        value = get_tensor(self.gm, name)
+        entry = self.states.get(name)
+        return value if entry is None else select(value, entry["axis"], entry)
+
+    def _module(self, node: fx.Node, statistics: Statistics | None) -> Any:
+        layer: Any = self.gm.get_submodule(str(node.target))
+        entry = self.layers.get(node.meta["path"])
+        own = None if statistics is None else statistics.get(node.meta["path"])
+        normalises = isinstance(layer, BATCH_NORMS)
+        if entry is None and own is None and not (normalises and layer.training):
+            return layer
+        twin = twin_of(layer)
+        if entry is not None:
+            narrow(twin, entry, lambda value, axis, side, _: select(value, axis, side))
+            if "kernel" in entry and self.transform is not None:
+                twin.weight = self.transform(node.meta["path"], twin.weight, entry["kernel"])
+        if own is not None:
+            twin.running_mean, twin.running_var = own
+        if normalises and layer.training and layer.running_mean is not None:  # the shared statistics stay as they are
+            for name in ("running_mean", "running_var", "num_batches_tracked"):
+                setattr(twin, name, getattr(twin, name).clone())
+        return twin
+
+
+def _resized(node: fx.Node, sizes: Mapping[str, Any]) -> bool:
+    return node.op == "call_function" and node.meta.get("path") in sizes
+
+
+def twin_of(layer: nn.Module) -> Any:
+    """A module that shares everything with `layer`, whose tensors can be replaced by any others."""
+    twin: Any = object.__new__(type(layer))
+    twin.__dict__.update(layer.__dict__)
+    tensors = {**layer._parameters, **layer._buffers}
+    twin.__dict__.update(_parameters={}, _buffers={}, **tensors)
+    return twin
+
+
+def select(value: Tensor, axis: int, side: Mapping[str, Any]) -> Tensor:
+    """What stays of a tensor along an axis: a view where that is one range, differentiable."""
+    keep = side["keep"]
+    if len(keep) == 1:
+        return value.narrow(axis, keep[0][0], keep[0][1] - keep[0][0])
+    index = torch.cat([torch.arange(start, stop, device=value.device) for start, stop in keep])
+    return value.index_select(axis, index)

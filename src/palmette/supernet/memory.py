@@ -1,0 +1,166 @@
+"""What every configuration of a supernet needs of a device, from tables: bytes of RAM and of flash.
+
+The graph of the largest network is followed once. A tensor has one axis that a configuration narrows, so its size is a
+sum over the choices, and what is alive at a step is a sum over its tensors: a hundred thousand configurations are one
+product of matrices. Weights are products of what is written and what is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import fx
+
+from palmette.device import DeviceProfile
+from palmette.graph.channel_rules import ELEMENTWISE
+from palmette.graph.ops import BATCH_NORMS, CONVOLUTIONS, ChannelAffine, module_of, op_name
+from palmette.meter.memory import Step, follow
+from palmette.supernet.codes import Codes, Floats, Ints
+from palmette.supernet.space import Config
+from palmette.supernet.supernet import Supernet
+from palmette.supernet.weights import Weights
+
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+_CHUNK = 8192
+
+
+@dataclass(frozen=True)
+class Binding:
+    """The step at which a configuration needs most: its path, and the bytes that are alive there."""
+
+    path: str
+    peak_bytes: int
+
+
+class MemoryModel:
+    """Bytes of RAM for activations, and of weights, of any configuration of a supernet under a device profile.
+
+    Activations are planned: a tensor lives from the step that makes it to the last that reads it, the input too. What a
+    kernel allocates for itself counts as it does in `palmette.meter.memory`. With `profile.inplace_elementwise` an
+    activation, a norm or a sum takes the place of an operand that nothing reads afterwards; with
+    `profile.inplace_depthwise` a depthwise convolution does too.
+    """
+
+    def __init__(self, net: Supernet, profile: DeviceProfile | None = None) -> None:
+        self.net, self.profile = net, profile or DeviceProfile()
+        self._item = ITEM_BYTES[self.profile.dtype]
+        self.codes = Codes(net.sites, net.space.choices)
+        self._nodes = list(net.network.graph.nodes)
+        self._follow(follow(net.network, 1))
+        self.weights = Weights(net, self.codes, self._item)
+
+    # -- answers -------------------------------------------------------------------------------------------------------
+
+    def peak_bytes(self, codes: Ints) -> Ints:
+        """Largest number of bytes of activations that are alive at once, [n], of codes [n, choices]."""
+        parts = [self._live(codes[i : i + _CHUNK]).max(1) for i in range(0, len(codes), _CHUNK)]
+        return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
+
+    def param_bytes(self, codes: Ints) -> Ints:
+        """Bytes of the parameters [n]."""
+        return self.weights(codes)
+
+    def ram_bytes(self, codes: Ints) -> Ints:
+        """Bytes of RAM [n]: activations, the profile's reserve, and the weights where they live there."""
+        ram = self.peak_bytes(codes) + self.profile.reserve_bytes
+        return ram if self.profile.weights_in == "flash" else ram + self.param_bytes(codes)
+
+    def fits(self, codes: Ints) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Whether each configuration [n] keeps the bounds of the profile."""
+        ok = np.ones(len(codes), dtype=bool)
+        if self.profile.ram_bytes is not None:
+            ok &= self.ram_bytes(codes) <= self.profile.ram_bytes
+        if self.profile.flash_bytes is not None:
+            ok &= self.param_bytes(codes) <= self.profile.flash_bytes
+        return ok
+
+    def binding(self, config: Config) -> Binding:
+        """The step at which a configuration needs most."""
+        live = self._live(self.codes.encode([config]))[0]
+        step = int(live.argmax())
+        return Binding(str(self._nodes[step].meta.get("path", self._nodes[step].name)), int(live[step]))
+
+    def per_step(self, config: Config) -> list[tuple[str, int]]:
+        """Path and bytes alive of every step that runs, in order."""
+        live = self._live(self.codes.encode([config]))[0]
+        return [(str(n.meta.get("path", n.name)), int(b)) for n, b in zip(self._nodes, live, strict=True) if b > -1]
+
+    # -- tables --------------------------------------------------------------------------------------------------------
+
+    def _follow(self, steps: Sequence[Step]) -> None:
+        """Sizes of the storages, when they are alive, and what a code makes of them."""
+        birth: dict[int, int] = {}
+        death: dict[int, int] = {}
+        size: dict[int, int] = {}
+        for position, step in enumerate(steps):
+            for storage, amount in step.returned.items():
+                size[storage] = amount
+                birth.setdefault(storage, position)
+            for storage in (step.used | step.returned.keys()) & size.keys():
+                death[storage] = position
+        order = list(size)
+        self._alive = np.zeros((len(steps), len(order)))
+        for t, storage in enumerate(order):
+            self._alive[birth[storage] : death[storage] + 1, t] = 1.0
+        for s, step in enumerate(steps):
+            overwritten = self._overwrites(self._nodes[s], step, {k: size[k] for k in step.used if death.get(k) == s})
+            if overwritten is not None:
+                self._alive[s, order.index(overwritten)] = 0.0
+        self._sizes = np.stack([self._size(self._nodes[birth[k]], size[k]) for k in order], axis=1)
+        extra = [s.allocated - sum(v for k, v in s.returned.items() if k not in s.used) for s in steps]
+        self._scratch = np.stack(
+            [self._scratch_of(n, max(0, e)) for n, e in zip(self._nodes, extra, strict=True)], axis=1
+        )
+        gone = self.codes.gone()
+        self._gone = np.stack([gone.get(n, np.zeros(self.codes.width)) for n in self._nodes], axis=1)
+
+    def _overwrites(self, node: fx.Node, step: Step, dying: Mapping[int, int]) -> int | None:
+        """The operand whose place the node's result takes, where the profile lets it."""
+        module: Any = module_of(self.net.network, node)
+        elementwise = op_name(node) in ELEMENTWISE or isinstance(module, (*BATCH_NORMS, ChannelAffine))
+        depthwise = isinstance(module, CONVOLUTIONS) and 1 < module.groups == module.in_channels
+        if not ((elementwise and self.profile.inplace_elementwise) or (depthwise and self.profile.inplace_depthwise)):
+            return None
+        fresh = [v for k, v in step.returned.items() if k not in step.used]
+        return next((k for k, v in dying.items() if len(fresh) == 1 and v == fresh[0]), None)
+
+    def _size(self, node: fx.Node, amount: int) -> Floats:
+        """Bytes by code of a storage that a node makes."""
+        sites, scale = self.net.sites, self._item / node.meta["dtype"].itemsize if _is_float(node) else 1.0
+        if node in sites.channels.variables:
+            classes = sites.channels.of(node)
+            return self.codes.kept(classes) * (amount * scale / len(classes))
+        for name, (head, values) in sites.heads.items():
+            if node in head.between:
+                return self.codes.of(name, [amount * scale * kept / head.count for kept in values])
+        return self.codes.constant(amount * scale)
+
+    def _scratch_of(self, node: fx.Node, amount: int) -> Floats:
+        """Bytes by code that a node's kernel allocates for itself: attention does so for each head."""
+        for name, (head, values) in self.net.sites.heads.items():
+            if node is head.node:
+                return self.codes.of(name, [amount * self._item / 4 * kept / head.count for kept in values])
+        channels = self.net.sites.channels
+        if node in channels.variables:
+            classes = channels.of(node)
+            return self.codes.kept(classes) * (amount * self._item / 4 / len(classes))
+        return self.codes.constant(amount * self._item / 4)
+
+    def steps(self) -> Iterator[tuple[Floats, Floats]]:
+        """For each step two vectors [width]: times a code, the bytes alive, and 1 if the step does not run."""
+        live = self._sizes @ self._alive.T + self._scratch
+        yield from zip(live.T, self._gone.T, strict=True)
+
+    def _live(self, codes: Ints) -> Floats:
+        """Bytes alive [n, steps]; -1 at steps that do not run."""
+        onehot = self.codes.onehot(codes)
+        live = (onehot @ self._sizes) @ self._alive.T + onehot @ self._scratch
+        return np.where(onehot @ self._gone > 0, -1.0, live)
+
+
+def _is_float(node: fx.Node) -> bool:
+    dtype = node.meta.get("dtype")
+    return dtype is not None and bool(dtype.is_floating_point)

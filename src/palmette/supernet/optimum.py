@@ -1,0 +1,171 @@
+"""The best configuration of a supernet within a device's bounds, exactly, when the value of choices adds up.
+
+What is alive at a step is linear in the code of a configuration, so "the peak is within the budget" is one linear
+constraint for each step; parameters are products of choices, which a binary variable for each product makes linear. The
+rest is an integer program, solved to optimality by HiGHS through scipy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from palmette import compat
+from palmette.supernet.codes import Floats, Ints
+from palmette.supernet.memory import MemoryModel
+
+Product = tuple[int, ...]
+"""Columns of a one-hot code whose product is meant, ascending; () is the number one."""
+
+SLACK = 0.5
+"""Bytes are whole numbers: half a byte keeps rounding inside the solver from deciding."""
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """The configuration of the largest value within the bounds, and that value."""
+
+    config: dict[str, int]
+    value: float
+
+
+class Optimizer:
+    """Solves for the best configuration under the bounds of a memory model's profile.
+
+    Raises MissingDependency without scipy.
+    """
+
+    def __init__(self, memory: MemoryModel) -> None:
+        self.memory, self.codes = memory, memory.codes
+        self._scipy: Any = compat.optional("scipy.optimize", package="palmette[search]")
+        self._sparse: Any = compat.optional("scipy.sparse", package="palmette[search]")
+
+    def best(self, weights: Floats, *, constant: float = 0.0, excluded: Ints | None = None) -> Optimum | None:
+        """The configuration whose code has the largest product with `weights`; None if none keeps the bounds.
+
+        weights: [codes.width]; what a choice that does not matter in a configuration weighs is left out. excluded:
+        codes [n, choices] that must not be the answer.
+        """
+        program = _Program(self.codes.width)
+        for choice in self.codes.choices:
+            first = self.codes.first[choice.name]
+            program.equal({(first + i,): 1.0 for i in range(len(choice.values))}, 1.0)
+        self._bound_ram(program)
+        self._bound_flash(program)
+        for code in () if excluded is None else excluded:
+            columns = [self.codes.first[c.name] + int(i) for c, i in zip(self.codes.choices, code, strict=True)]
+            program.at_most({(column,): 1.0 for column in columns}, len(columns) - 1)
+        found = program.maximum(self._objective(weights), self._scipy, self._sparse)
+        if found is None:
+            return None
+        onehot, value = found
+        code = np.array(
+            [
+                int(onehot[self.codes.first[c.name] : self.codes.first[c.name] + len(c.values)].argmax())
+                for c in self.codes.choices
+            ]
+        )
+        return Optimum(self.memory.net.space.canonical(self.codes.decode(code)), value + constant)
+
+    def _objective(self, weights: Floats) -> dict[Product, float]:
+        """The value as a sum of products: a choice that hangs on a depth counts where its block is there."""
+        terms: dict[Product, float] = {(): float(weights[0])}
+        for choice in self.codes.choices:
+            first = self.codes.first[choice.name]
+            for i in range(len(choice.values)):
+                if choice.owner is None:
+                    _add(terms, (first + i,), float(weights[first + i]))
+                    continue
+                depth = self.memory.net.space[choice.owner[0]]
+                for j, blocks in enumerate(depth.values):
+                    if blocks >= choice.owner[1]:
+                        pair = tuple(sorted((first + i, self.codes.first[depth.name] + j)))
+                        _add(terms, pair, float(weights[first + i]))
+        return terms
+
+    def _bound_ram(self, program: _Program) -> None:
+        profile = self.memory.profile
+        if profile.ram_bytes is None:
+            return
+        room = profile.ram_bytes - profile.reserve_bytes + SLACK
+        parameters = {} if profile.weights_in == "flash" else self.memory.weights.terms()
+        for live, gone in self.memory.steps():
+            terms: dict[Product, float] = {(): float(live[0])}
+            terms |= {(int(c),): float(live[c]) for c in np.flatnonzero(live) if c}
+            most = float(live[0] + sum(max(0.0, float(live[s].max())) for s in self._spans()))
+            for column in np.flatnonzero(gone):  # a step that does not run binds nothing
+                _add(terms, (int(column),), -float(gone[column]) * most)
+            for product, amount in parameters.items():
+                _add(terms, product, amount)
+            if most > room or parameters:
+                program.at_most(terms, room)
+
+    def _bound_flash(self, program: _Program) -> None:
+        if self.memory.profile.flash_bytes is not None:
+            program.at_most(self.memory.weights.terms(), self.memory.profile.flash_bytes + SLACK)
+
+    def _spans(self) -> list[slice]:
+        first = self.codes.first
+        return [slice(first[c.name], first[c.name] + len(c.values)) for c in self.codes.choices]
+
+
+class _Program:
+    """Constraints over binary columns and their products."""
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+        self.products: dict[Product, int] = {}
+        self.rows: list[tuple[dict[int, float], float, float]] = []
+
+    def equal(self, terms: Mapping[Product, float], total: float) -> None:
+        """The sum of the terms is `total`."""
+        self._row(terms, total, total)
+
+    def at_most(self, terms: Mapping[Product, float], bound: float) -> None:
+        """The sum of the terms is at most `bound`."""
+        self._row(terms, -np.inf, bound)
+
+    def _row(self, terms: Mapping[Product, float], low: float, high: float) -> None:
+        constant = terms.get((), 0.0)
+        row = {self._column(product): amount for product, amount in terms.items() if product and amount}
+        self.rows.append((row, low - constant, high - constant))
+
+    def _column(self, product: Product) -> int:
+        """The column of a product, made with the constraints that tie it to its factors."""
+        if len(product) == 1:
+            return product[0]
+        if product not in self.products:
+            left, right = self._column(product[:-1]), product[-1]
+            own = self.products[product] = self.width + len(self.products)
+            self.rows.append(({own: 1.0, left: -1.0}, -np.inf, 0.0))
+            self.rows.append(({own: 1.0, right: -1.0}, -np.inf, 0.0))
+            self.rows.append(({own: -1.0, left: 1.0, right: 1.0}, -np.inf, 1.0))
+        return self.products[product]
+
+    def maximum(self, terms: Mapping[Product, float], scipy: Any, sparse: Any) -> tuple[Floats, float] | None:
+        """The columns [width] of a maximum and its value, None if no columns keep the constraints."""
+        value = {self._column(product): amount for product, amount in terms.items() if product}
+        width = self.width + len(self.products)
+        entries = [(i, c, a) for i, (row, _, _) in enumerate(self.rows) for c, a in row.items()]
+        i, c, a = zip(*entries, strict=True)
+        matrix = sparse.csr_matrix((a, (i, c)), shape=(len(self.rows), width))
+        objective = np.zeros(width)
+        objective[list(value)] = [-amount for amount in value.values()]
+        low, high = (np.array([row[k] for row in self.rows]) for k in (1, 2))
+        found = scipy.milp(
+            objective,
+            constraints=scipy.LinearConstraint(matrix, low, high),
+            bounds=scipy.Bounds(0, 1),
+            integrality=np.ones(width),
+            options={"mip_rel_gap": 0.0},
+        )
+        if found.x is None:
+            return None
+        return np.round(found.x[: self.width]), float(-found.fun + terms.get((), 0.0))
+
+
+def _add(terms: dict[Product, float], product: Product, amount: float) -> None:
+    terms[product] = terms.get(product, 0.0) + amount

@@ -1,0 +1,200 @@
+"""Any trained network as a supernet: one set of weights, and every network that is a part of it.
+
+Widths, depth, kernels and heads are found on the captured graph, by no name of a class or an attribute. A sub-network
+runs on slices of the shared weights; `extract` makes the plain network of it, which computes the same.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from palmette.errors import DataError, InputError
+from palmette.graph.capture import capture, example_of
+from palmette.graph.inputs import call, inputs_of, to_device
+from palmette.graph.ops import BATCH_NORMS, module_of
+from palmette.graph.plan import Plan, drop
+from palmette.graph.resize import resize
+from palmette.supernet.elastic import Cut, Runner
+from palmette.supernet.sites import Sites
+from palmette.supernet.space import Config, Space, key_of
+
+CACHED = 64
+"""Configurations whose instructions are kept at once."""
+
+
+class Supernet(nn.Module):
+    """A network that holds all its sub-networks. Make one with `Supernet.from_model`.
+
+    `space`: what may be chosen. `static`: path -> why it was left as it is. `active`: the configuration that `forward`
+    runs. Its parameters are those of the largest network; a sub-network reads slices of them.
+    """
+
+    def __init__(self, network: fx.GraphModule, space: Space, sites: Sites, static: Mapping[str, str]) -> None:
+        super().__init__()
+        self.network, self.space, self.static = network, space, dict(static)
+        self.sites = sites
+        self._runners: dict[str, Runner] = {}
+        self._statistics: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+        self.active: Config = space.max()
+
+    @staticmethod
+    def from_model(
+        model: nn.Module,
+        example_inputs: Any,
+        *,
+        width: Sequence[float] = (0.5, 0.75, 1.0),
+        depth: int = 2,
+        kernel: Sequence[int] = (3, 5, 7),
+        heads: Sequence[float] = (0.5, 0.75, 1.0),
+        round_to: int = 8,
+        protect: Iterable[str] = (),
+    ) -> Supernet:
+        """The supernet of which `model` is the largest network; `model` stays untouched.
+
+        example_inputs: tensors [batch, ...]. width: shares of the channels of every group, rounded to multiples of
+        `round_to`. depth: blocks that may be left out at the end of each chain of residual blocks of one shape (layers
+        of a transformer count as one). kernel: edges to which larger kernels may be cropped. heads: shares of the
+        attention heads. An empty sequence, or a depth of 0, leaves that side alone. protect: path prefixes of what
+        stays whole. Raises CaptureError for a network that does not trace, InputError for options out of bounds.
+        """
+        _check(width, depth, heads, round_to)
+        gm = capture(model, example_inputs)
+        sites = Sites(gm, tuple(protect), width, depth, kernel, heads, round_to)
+        return Supernet(gm, sites.space(), sites, sites.static)
+
+    # -- what is active ------------------------------------------------------------------------------------------------
+
+    def max(self) -> Config:
+        """The largest configuration: the network that the supernet was made from."""
+        return self.space.max()
+
+    def min(self) -> Config:
+        """The smallest configuration."""
+        return self.space.min()
+
+    def sample(self, rng: np.random.Generator) -> Config:
+        """A configuration, every choice uniform and independent."""
+        return self.space.sample(rng)
+
+    def activate(self, config: Mapping[str, int]) -> None:
+        """Let `forward` run that configuration. Raises InputError for one that the space has not."""
+        self.active = self.space.canonical(config)
+
+    @contextmanager
+    def running(self, config: Mapping[str, int]) -> Iterator[Supernet]:
+        """Within the block `forward` runs that configuration."""
+        before = self.active
+        self.activate(config)
+        try:
+            yield self
+        finally:
+            self.active = before
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The output of the active configuration."""
+        if self.active == self.space.max():
+            return self.network(*args, **kwargs)
+        key = key_of(self.active)
+        runner = self._runners.pop(key, None) or Runner(self.network, self.cut(self.active))
+        self._runners[key] = runner
+        if len(self._runners) > CACHED:
+            del self._runners[next(iter(self._runners))]
+        return runner(tree_leaves((args, kwargs)), None if self.training else self._statistics.get(key))
+
+    # -- what comes out of it ------------------------------------------------------------------------------------------
+
+    def cut(self, config: Mapping[str, int]) -> Cut:
+        """What a configuration leaves of the network."""
+        return self.sites.cut(self.space.canonical(config))
+
+    def extract(self, config: Mapping[str, int] | None = None) -> fx.GraphModule:
+        """The plain network of a configuration (if not given, of the active one), with its own copies of the weights.
+
+        It computes what `forward` computes with that configuration active, to rounding, and can be saved, loaded into
+        the model that the supernet was made from, exported and healed. Batch norms have the statistics of
+        `recalibrate`, if that was called for the configuration.
+        """
+        config = self.active if config is None else self.space.canonical(config)
+        cut = self.cut(config)
+        gm = copy.deepcopy(self.network)
+        example = example_of(gm)
+        if cut.dropped:
+            gm = Plan([drop(block.path) for block in cut.dropped]).apply(gm, example)
+        resize(gm, _present(gm, cut.decision))
+        for path, (mean, variance) in self._statistics.get(key_of(config), {}).items():
+            norm: Any = _module_at(gm, path)
+            if norm is not None:
+                norm.running_mean.copy_(mean)
+                norm.running_var.copy_(variance)
+        return gm
+
+    @torch.no_grad()
+    def recalibrate(self, config: Mapping[str, int], loader: Iterable[Any], batches: int = 10) -> None:
+        """Measure the statistics of the batch norms of a configuration on training inputs; no weight changes.
+
+        Slices share one set of statistics, which is right for the largest network only. The mean and variance of
+        `batches` batches are averaged, each batch with the same weight; from then on `forward` in eval mode and
+        `extract` use them for that configuration. Source: Once-for-All, which takes 2,000 training images.
+
+        Raises DataError for an empty loader.
+        """
+        gm = self.extract(config)
+        norms = {str(n.meta["path"]): m for n in gm.graph.nodes if isinstance(m := module_of(gm, n), BATCH_NORMS)}
+        norms = {path: norm for path, norm in norms.items() if norm.running_mean is not None}
+        if not norms:
+            return
+        gm.eval()
+        for norm in norms.values():
+            norm.reset_running_stats()
+            norm.momentum = None
+            norm.train()
+        device = next(gm.parameters()).device
+        seen = 0
+        for batch in loader:
+            if seen == batches:
+                break
+            call(gm, to_device(inputs_of(batch), device))
+            seen += 1
+        if not seen:
+            raise DataError("The loader is empty", fix="Give it at least one batch.")
+        found = {path: (own.running_mean.clone(), own.running_var.clone()) for path, own in cast(Any, norms).items()}
+        self._statistics[key_of(self.space.canonical(config))] = found
+
+    def forget_statistics(self) -> None:
+        """Throw away what `recalibrate` measured: the weights have changed since."""
+        self._statistics.clear()
+
+
+def _check(width: Sequence[float], depth: int, heads: Sequence[float], round_to: int) -> None:
+    for name, ratios in (("width", width), ("heads", heads)):
+        if not all(0 < r <= 1 for r in ratios):
+            raise InputError(f"{name} = {list(ratios)} is out of bounds", fix="Give shares above 0 and up to 1.")
+    if depth < 0 or round_to < 1:
+        raise InputError(f"depth = {depth}, round_to = {round_to} are out of bounds", fix="Give 0, 1 or more.")
+
+
+def _present(gm: fx.GraphModule, decision: dict[str, Any]) -> dict[str, Any]:
+    """The decision without the layers of blocks that are gone."""
+    paths = {str(n.meta["path"]) for n in gm.graph.nodes if n.op in ("call_module", "call_function")}
+    states = {str(n.target) for n in gm.graph.nodes if n.op == "get_attr"}
+    return {
+        **decision,
+        "layers": [e for e in decision["layers"] if e["path"] in paths],
+        "sizes": [e for e in decision["sizes"] if e["path"] in paths],
+        "states": [e for e in decision["states"] if e["state"] in states],
+    }
+
+
+def _module_at(gm: fx.GraphModule, path: str) -> nn.Module | None:
+    for node in gm.graph.nodes:
+        if node.op == "call_module" and node.meta["path"] == path:
+            return module_of(gm, node)
+    return None

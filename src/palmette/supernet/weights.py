@@ -1,0 +1,108 @@
+"""The parameters of every configuration of a supernet, in closed form."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from palmette.graph.channel_rules import first
+from palmette.graph.ops import get_tensor
+from palmette.supernet.codes import Codes, Floats, Ints
+from palmette.supernet.supernet import Supernet
+
+
+class Weights:
+    """Parameters of configurations: for each tensor the product of its axes, each a sum over choices."""
+
+    def __init__(self, net: Supernet, tables: Codes, item: int) -> None:
+        self.net, self.codes, self.item = net, tables, item
+        self._heads = {
+            (path, side): (name, heads, site, values)
+            for name, (site, values) in net.sites.heads.items()
+            for path, side, heads in (*site.layers, *((state, "rows", heads) for state, heads in site.states))
+        }
+        self._kernels = {path: (name, sizes) for name, (path, sizes) in net.sites.kernels.items()}
+        gone = tables.gone()
+        seen: set[int] = set()
+        self.parts: list[tuple[list[Floats], Floats]] = []
+        for node in net.network.graph.nodes:
+            for leaf, tensor in _parameters_of(net.network, node):
+                if id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    self.parts.append((self._axes(node, leaf, tensor), gone.get(node, np.zeros(tables.width))))
+
+    def __call__(self, codes: Ints) -> Ints:
+        """Bytes [n] of the parameters of codes [n, choices]."""
+        onehot = self.codes.onehot(codes)
+        total = np.zeros(len(codes))
+        for axes, gone in self.parts:
+            amount = np.ones(len(codes))
+            for lengths in axes:
+                amount *= onehot @ lengths
+            total += np.where(onehot @ gone > 0, 0.0, amount)
+        return (total * self.item).astype(np.int64)
+
+    def terms(self) -> dict[tuple[int, ...], float]:
+        """The same as a sum of products of columns of a one-hot code; () is the number one."""
+        total: dict[tuple[int, ...], float] = {}
+        for axes, gone in self.parts:
+            product: dict[tuple[int, ...], float] = {(): float(self.item)}
+            for lengths in (*axes, self.codes.constant(1.0) - gone):
+                product = _times(product, lengths)
+            for columns, amount in product.items():
+                total[columns] = total.get(columns, 0.0) + amount
+        return {columns: amount for columns, amount in total.items() if amount}
+
+    def _axes(self, node: fx.Node, leaf: str, tensor: Tensor) -> list[Floats]:
+        """The lengths of a tensor's axes by one-hot code; what no choice narrows is one axis."""
+        channels, path = self.net.sites.channels, str(node.meta["path"])
+        rows = columns = None
+        if node in channels.variables and (node in channels.writers or node in channels.channelwise):
+            rows = self.codes.kept(channels.of(node))
+        if leaf == "weight" and node in channels.readers:
+            columns = self.codes.kept(channels.of(first(node)))
+        if node in channels.states:
+            axis, user = channels.states[node]
+            return [
+                self.codes.kept(channels.of(user)),
+                self.codes.constant(tensor.numel() / tensor.shape[axis]),
+            ]
+        key = str(node.target) if node.op == "get_attr" else path
+        rows = self._of_heads(key, "rows", rows)
+        columns = self._of_heads(key, "columns", columns) if leaf == "weight" else None
+        rest = tensor.numel()
+        axes = []
+        for axis, lengths in ((0, rows), (1, columns)):
+            if lengths is not None:
+                axes.append(lengths)
+                rest //= tensor.shape[axis]
+        if leaf == "weight" and path in self._kernels:
+            name, sizes = self._kernels[path]
+            powers = [float(k ** (tensor.dim() - 2)) for k in sizes]
+            axes.append(self.codes.of(name, powers))
+            rest //= int(powers[-1])
+        return [*axes, self.codes.constant(rest)]
+
+    def _of_heads(self, path: str, side: str, found: Floats | None) -> Floats | None:
+        if (path, side) not in self._heads:
+            return found
+        name, heads, site, values = self._heads[path, side]
+        return self.codes.of(name, [float(torch.isin(heads, site.order[:kept]).sum()) for kept in values])
+
+
+def _parameters_of(gm: fx.GraphModule, node: fx.Node) -> list[tuple[str, Tensor]]:
+    if node.op == "call_module":
+        return list(gm.get_submodule(str(node.target)).named_parameters())
+    tensor = get_tensor(gm, str(node.target)) if node.op == "get_attr" else None
+    return [("", tensor)] if isinstance(tensor, nn.Parameter) else []
+
+
+def _times(product: dict[tuple[int, ...], float], lengths: Floats) -> dict[tuple[int, ...], float]:
+    """A sum of products times a vector over codes; a column times itself is itself."""
+    found: dict[tuple[int, ...], float] = {}
+    for columns, amount in product.items():
+        for column in np.flatnonzero(lengths):
+            key = tuple(sorted({*columns, int(column)})) if column else columns
+            found[key] = found.get(key, 0.0) + amount * float(lengths[column])
+    return found
