@@ -130,12 +130,12 @@ class MemoryModel:
     def _size(self, node: fx.Node, amount: int) -> Floats:
         """Bytes by code of a storage that a node makes."""
         sites, scale = self.net.sites, self._item / node.meta["dtype"].itemsize if _is_float(node) else 1.0
-        if node in sites.channels.variables:
-            classes = sites.channels.of(node)
-            return self.codes.kept(classes) * (amount * scale / len(classes))
         for name, (head, values) in sites.heads.items():
             if node in head.between:
                 return self.codes.of(name, [amount * scale * kept / head.count for kept in values])
+        if node in sites.channels.variables:
+            classes = sites.channels.of(node)
+            return self.codes.kept(classes) * (amount * scale / len(classes))
         return self.codes.constant(amount * scale)
 
     def _scratch_of(self, node: fx.Node, amount: int) -> Floats:
