@@ -7,8 +7,9 @@ product of matrices. Weights are products of what is written and what is read.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,12 @@ class MemoryModel:
         self._nodes = list(net.network.graph.nodes)
         self._follow(follow(net.network, 1))
         self.weights = Weights(net, self.codes, self._item)
+
+    def bounded(self, *, ram: int) -> MemoryModel:
+        """The same model with another bound on RAM; nothing is followed again."""
+        other = copy.copy(self)
+        other.profile = replace(self.profile, ram=ram)
+        return other
 
     # -- answers -------------------------------------------------------------------------------------------------------
 

@@ -100,9 +100,9 @@ class Supernet(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The output of the active configuration."""
-        if self.active == self.space.max():
-            return self.network(*args, **kwargs)
         key = key_of(self.active)
+        if self.active == self.space.max() and (self.training or key not in self._statistics):
+            return self.network(*args, **kwargs)
         runner = self._runners.pop(key, None) or Runner(self.network, self.cut(self.active))
         self._runners[key] = runner
         if len(self._runners) > CACHED:
