@@ -201,9 +201,8 @@ ACCURACY = (
     "The papers' networks with ImageNet weights and a new head, fine-tuned for a few epochs at 96 px, batch 32, SGD "
     "without momentum, "
     "the rate chosen per method on validation images; every method sees the same images. Test: 4,000 images, looked "
-    "at once. The "
-    "difference is paired per image against full fine-tuning, pooled over seeds, with its 95 % interval. WASI puts linear "
-    "layers into factors; these networks are convolutions throughout, and it refuses them."
+    "at once. The difference is paired per image against full fine-tuning, pooled over seeds, with its 95 % interval. "
+    "WASI puts linear layers into factors; these networks are convolutions throughout, and it refuses them."
 )
 
 
