@@ -164,6 +164,7 @@ def test_a_worker_that_dies_is_named(job, ray, tmp_path) -> None:
         run_trials(job.die, {"only": 0}, journal=tmp_path, ray="local")
 
 
+@pytest.mark.slow
 def test_a_driver_killed_in_the_middle_goes_on_with_what_is_missing(job, ray, tmp_path) -> None:
     journal, log = tmp_path / "journal", tmp_path / "log"
     address = ray.get_runtime_context().gcs_address

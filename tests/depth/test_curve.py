@@ -88,6 +88,7 @@ def test_bad_input_is_refused(trained, blobs, tmp_path, options, says) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_widths_near_each_other_are_told_apart_and_healed_with_features(trained, blobs) -> None:
     pytest.importorskip("torch_pruning", reason="torch-pruning (the extra `width`) is not installed")
     inside = HealConfig(epochs=1, lr=1e-2, features=1.0)  # the dense network is the teacher, without distillation too

@@ -96,6 +96,7 @@ def _kill_again_and_again(shrinking: Shrinking, kills: int, seed: int, *options:
         attempt += 1
 
 
+@pytest.mark.slow
 def test_two_kills(tmp_path: Path) -> None:
     _kill_again_and_again(Shrinking(tmp_path), 2, 1, "--cost", "macs", "--no-controls", "--rounds", "2")
 

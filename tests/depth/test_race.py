@@ -47,6 +47,7 @@ def test_the_front_of_the_best_rival_goes_on(trained, blobs, quick, monkeypatch,
     assert {edit.kind for edit in result.plan} == {kind}
 
 
+@pytest.mark.slow
 def test_where_the_common_plan_is_best_nothing_changes(trained, blobs, quick, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(auto_module, "raced", lambda session, options, items, points, goal, **_: (points, 0))

@@ -126,6 +126,7 @@ def test_only_what_keeps_its_shape_can_become_an_identity(nets: ModuleType) -> N
     assert [c.name for c in candidates(gm, x, kind="convolution")] == ["3"]
 
 
+@pytest.mark.slow
 def test_equal_pieces_are_measured_once(nets: ModuleType) -> None:
     x = torch.randn(2, 5)
     gm = capture(nets.tokens(*(nets.Mlp(8, 16) for _ in range(4))), x)

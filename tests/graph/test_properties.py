@@ -45,6 +45,8 @@ def random_plan(case: Case, captured: Any, counts: Counter[str]) -> tuple[Plan, 
                 edits = [replace(edit, fit="affine") if edit.fit == "mask" else edit for edit in edits]
             elif others:
                 others.pop()
+            elif "cut vertex" in str(error):  # the least-squares line is a constant too: the network is one
+                return None
             else:
                 raise
     return None
@@ -161,7 +163,7 @@ def _run(random_nets: ModuleType, examples: int) -> Counter[str]:
 
 
 def test_random_networks_and_plans(random_nets: ModuleType) -> None:
-    counts = _run(random_nets, 50)
+    counts = _run(random_nets, 25)
     assert counts["merged"] > counts["networks"] / 2, counts
     assert all(counts[kind] for kind in ("linearize", "drop", "fit_linear", "parallelize", "identity")), counts
 

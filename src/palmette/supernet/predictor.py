@@ -66,15 +66,8 @@ class Ridge:
                     fix='Divide percentages by 100, or write scale="linear".',
                 )
             measured = -np.log1p(-measured)
-        fold = np.random.default_rng(seed).permutation(len(measured)) % _FOLDS
-        errors = np.zeros(len(penalties))
-        for number in range(_FOLDS):
-            out = fold == number
-            weights, constants = _solve(code[~out], measured[~out], penalties)
-            errors += ((code[out] @ weights + constants - measured[out, None]) ** 2).sum(0)
-        penalty = penalties[int(errors.argmin())]
-        weights, constants = _solve(code, measured, (penalty,))
-        return cls(space, _table(space, weights[:, 0], float(constants[0])), penalty, scale)
+        weights, constant, penalty = fit_ridge(code, measured, penalties=penalties, seed=seed)
+        return cls(space, _table(space, weights, constant), penalty, scale)
 
     def predict(self, configs: Configs) -> Array:
         """Predicted values, float64 [N]. Raises InputError for a choice or resolution that the space does not list."""
@@ -83,6 +76,25 @@ class Ridge:
     def value(self, score: Any) -> Any:
         """The value that a sum over `table` stands for, as `Optimum.score`; a float or an array."""
         return score if self.scale == "linear" else -np.expm1(-score)
+
+
+def fit_ridge(
+    code: Array, values: Array, *, penalties: tuple[float, ...] = PENALTIES, folds: int = _FOLDS, seed: int = 0
+) -> tuple[Array, float, float]:
+    """Weights [columns], constant and penalty of the ridge regression of values [N] on a code [N, columns].
+
+    The penalty is that of the least squared error in cross-validation over folds drawn by `seed`; the mean is not
+    penalised.
+    """
+    fold = np.random.default_rng(seed).permutation(len(values)) % folds
+    errors = np.zeros(len(penalties))
+    for number in range(folds):
+        out = fold == number
+        weights, constants = _solve(code[~out], values[~out], penalties)
+        errors += ((code[out] @ weights + constants - values[out, None]) ** 2).sum(0)
+    penalty = penalties[int(errors.argmin())]
+    weights, constants = _solve(code, values, (penalty,))
+    return weights[:, 0], float(constants[0]), penalty
 
 
 def _solve(code: Array, values: Array, penalties: tuple[float, ...]) -> tuple[Array, Array]:

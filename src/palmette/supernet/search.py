@@ -1,0 +1,144 @@
+"""The best network of a trained supernet for a device: measure some, learn from them, solve, measure what was promised.
+
+Source of the loop: LINAS (DyNAS-T, 2022). What differs: the first networks are drawn among those that fit, without
+rejection; what the predictor promises is not searched for but solved exactly; nothing that does not fit is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from palmette.supernet.codes import Floats, Ints
+from palmette.supernet.memory import MemoryModel
+from palmette.supernet.optimum import Optimizer
+from palmette.supernet.predictor import agreement, fit_ridge
+from palmette.supernet.sampling import check_feasible, sample_balanced
+from palmette.supernet.space import Config, key_of
+
+Measure = Callable[[Config], float]
+"""`measure(config)` -> the value of a configuration, the larger the better, below 1 for an accuracy."""
+
+FIRST_SHARE = 0.5
+"""Share of the measurements that is drawn at random, and learnt from."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """One network that was measured. `promised`: what the predictor had said; None for one drawn at random."""
+
+    config: Config
+    value: float
+    ram_bytes: int
+    param_bytes: int
+    promised: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a search measured, in order, the best of it, and the best of as many networks drawn at random."""
+
+    found: list[Found]
+    random: list[Found]
+
+    @property
+    def best(self) -> Found:
+        """The network of the largest value; of equals the one that needs less."""
+        return _best(self.found)
+
+    @property
+    def best_random(self) -> Found:
+        """The same among the control."""
+        return _best(self.random)
+
+    def promise(self) -> dict[str, Any] | None:
+        """How promises and measurements agree, with intervals; None for fewer than three promises."""
+        kept = [(f.promised, f.value) for f in self.found if f.promised is not None]
+        if len(kept) < 3:
+            return None
+        return dict(vars(agreement([p for p, _ in kept], [v for _, v in kept])))
+
+
+def search(
+    memory: MemoryModel,
+    measure: Measure,
+    *,
+    measurements: int = 40,
+    rounds: int = 3,
+    control: bool = True,
+    seed: int = 0,
+) -> Search:
+    """Measure `measurements` networks that fit the memory model's profile, half of them proposed by what was learnt.
+
+    rounds: how often the predictor is fitted anew. control: also measure as many networks drawn at random, of which
+    the first half are the search's own. Raises BudgetError if nothing fits, naming what binds and the smallest need.
+    """
+    check_feasible(memory)
+    rng = np.random.default_rng(seed)
+    drawn = _different(memory, sample_balanced(memory, 4 * measurements, rng))[:measurements]
+    first = drawn[: max(2, round(FIRST_SHARE * measurements))]
+    values: dict[str, float] = {}
+
+    def value(config: Config) -> float:
+        key = key_of(config)
+        if key not in values:
+            values[key] = measure(config)
+        return values[key]
+
+    found = [_found(memory, config, value(config)) for config in first]
+    solver = Optimizer(memory)
+    left = measurements - len(found)
+    for number in range(rounds):
+        share = left // (rounds - number)
+        left -= share
+        promised = _proposals(memory, solver, found, share)
+        if not promised:
+            break
+        found += [_found(memory, config, value(config), said) for config, said in promised]
+    random = [_found(memory, config, value(config)) for config in (drawn if control else first)]
+    return Search(found, random)
+
+
+def _different(memory: MemoryModel, codes: Ints) -> list[Config]:
+    """The configurations of codes [n, choices], each once."""
+    space = memory.net.space
+    configs = [space.canonical(memory.codes.decode(code)) for code in codes]
+    return list({key_of(config): config for config in configs}.values())
+
+
+def _found(memory: MemoryModel, config: Config, value: float, promised: float | None = None) -> Found:
+    code = memory.codes.encode([config])
+    return Found(config, value, int(memory.ram_bytes(code)[0]), int(memory.param_bytes(code)[0]), promised)
+
+
+def _proposals(memory: MemoryModel, solver: Optimizer, found: list[Found], count: int) -> list[tuple[Config, float]]:
+    """The `count` best networks that were not measured, by a predictor of the logarithm of the error."""
+    weights = _learnt(memory, found)
+    known = [f.config for f in found]
+    made: list[tuple[Config, float]] = []
+    for _ in range(count):
+        taken = memory.codes.encode([*known, *(config for config, _ in made)])
+        answer = solver.best(weights, excluded=taken)
+        if answer is None:
+            break
+        made.append((answer.config, float(-np.expm1(-answer.value))))
+    return made
+
+
+def _learnt(memory: MemoryModel, found: Sequence[Found]) -> Floats:
+    """Weights [codes.width] whose sum over a code is -log(1 - value)."""
+    code = np.array([memory.net.space.encode(f.config) for f in found])
+    values = -np.log1p(-np.minimum([f.value for f in found], 1 - 1e-6))
+    weights, constant, _ = fit_ridge(code, values, folds=min(5, len(found)))
+    return np.concatenate([[constant], weights])
+
+
+def _best(found: Sequence[Found]) -> Found:
+    return max(found, key=lambda f: (f.value, -f.ram_bytes, -f.param_bytes))
