@@ -43,6 +43,11 @@ if TYPE_CHECKING:
     from palmette.ondevice.session import FineTuned, fine_tune
     from palmette.registry import Bounds, MethodConfig, check_method, get_method, method, methods
     from palmette.report.render import render
+    from palmette.supernet.boards import run_boards
+    from palmette.supernet.memory import MemoryModel
+    from palmette.supernet.specialize import Specialized, specialize
+    from palmette.supernet.supernet import Supernet
+    from palmette.supernet.training import train_supernet
     from palmette.train.evaluate import evaluate
     from palmette.train.loop import HealConfig, heal
     from palmette.train.wasserstein import lacoot_term, max_sliced_wasserstein
@@ -81,6 +86,11 @@ _HOMES = {
     ),
     "palmette.meter": ("Cost", "CostTable", "measure", "measure_latency"),
     "palmette.meter.training": ("TrainingMemory", "measure_training"),
+    "palmette.supernet.boards": ("run_boards",),
+    "palmette.supernet.memory": ("MemoryModel",),
+    "palmette.supernet.specialize": ("Specialized", "specialize"),
+    "palmette.supernet.supernet": ("Supernet",),
+    "palmette.supernet.training": ("train_supernet",),
     "palmette.registry": ("Bounds", "MethodConfig", "check_method", "get_method", "method", "methods"),
     "palmette.report": ("render",),
     "palmette.train.evaluate": ("evaluate",),
@@ -99,12 +109,15 @@ __all__ = [
     "DeviceProfile",
     "FineTuned",
     "HealConfig",
+    "MemoryModel",
     "MemoryPlan",
     "MethodConfig",
     "PalmetteError",
     "Plan",
     "ShrinkResult",
     "Site",
+    "Specialized",
+    "Supernet",
     "TrainingMemory",
     "adapt",
     "candidates",
@@ -139,16 +152,21 @@ __all__ = [
     "quantize_int8",
     "remove_dead_channels",
     "render",
+    "run_boards",
     "run_trials",
     "save",
     "save_pretrained",
     "shrink",
+    "specialize",
+    "train_supernet",
     "verify",
 ]
 
 
 def __getattr__(name: str) -> Any:
     """A public name, imported from where it lives."""
+    if name == "supernet":  # a room of the house with names of its own, such as pm.supernet.MOOFA
+        return importlib.import_module("palmette.supernet")
     if name not in _HOME:
         raise AttributeError(f"module 'palmette' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME[name]), name)

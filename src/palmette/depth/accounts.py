@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from palmette.graph import Candidate, Plan, collapse
 from palmette.meter import measure
 from palmette.meter.latency import measure_latency
 from palmette.meter.running import Packed
-from palmette.meter.runtimes import check_runtime
+from palmette.meter.runtimes import check_runtime, has_onnx
 from palmette.stats import paired_difference
 
 MOST_COLUMNS = 6
@@ -136,11 +135,6 @@ def runtimes(cost: str, networks: list[nn.Module]) -> list[str]:
         with suppress(MissingDependency):
             found.append(check_runtime(cost))
     return found
-
-
-def has_onnx() -> bool:
-    """Whether everything is installed that writing and running ONNX needs."""
-    return all(importlib.util.find_spec(name) is not None for name in ("onnx", "onnxscript", "onnxruntime"))
 
 
 def _accuracies(session: Session, rows: list[Contender], split: Iterable[Any]) -> list[dict[str, Any]]:

@@ -15,7 +15,6 @@ import torch
 from torch import fx, nn
 
 import palmette.ranks as ranks
-from palmette.depth.accounts import has_onnx
 from palmette.depth.rounds import target_ms
 from palmette.depth.session import (
     Calibration,
@@ -29,6 +28,7 @@ from palmette.depth.session import (
 from palmette.errors import InputError, PalmetteError, TrainingError
 from palmette.graph import capture, find_sites, weights_hash
 from palmette.graph.inputs import Example, batch_size, with_batch
+from palmette.meter.runtimes import has_onnx
 from palmette.meter.table import CostTable
 from palmette.registry import Method, MethodConfig, method_of
 from palmette.run import Run

@@ -13,7 +13,7 @@ from torch import nn
 import palmette.ranks as ranks
 from palmette.deploy import export
 from palmette.deploy.huggingface import is_hugging_face, save_pretrained
-from palmette.depth.accounts import account, contenders, has_onnx
+from palmette.depth.accounts import account, contenders
 from palmette.depth.branch import Branch
 from palmette.depth.rounds import Search
 from palmette.depth.session import Session
@@ -22,6 +22,7 @@ from palmette.files import write_atomic, write_json
 from palmette.graph import CollapseRecord, Plan, Verification, collapse, verify
 from palmette.graph import save as save_network
 from palmette.graph.inputs import split_batch
+from palmette.meter.runtimes import has_onnx
 from palmette.report import render
 
 FLOAT32_BOUND = 1e-4

@@ -50,6 +50,11 @@ _LOW_PRECISION = 0.25
 """Tolerance for packed networks of few bits, whose steps every runtime rounds in its own way."""
 
 
+def has_onnx() -> bool:
+    """Whether everything is installed that writing and running ONNX needs."""
+    return all(find_spec(name) is not None for name in ("onnx", "onnxscript", "onnxruntime"))
+
+
 def runtime_named(name: str) -> Runtime:
     """The description of a runtime. Raises InputError for an unknown one."""
     if name not in _KNOWN:

@@ -13,6 +13,7 @@ from palmette.report.front import front_figures, render_front
 from palmette.report.page import MAX_ROWS, artifacts, flat, templates, write_page
 from palmette.report.pictures import cost_picture, path_picture
 from palmette.report.site_pictures import CLASSES, MAX_BARS, colour_of, score_picture, strip_picture
+from palmette.report.specialized import render_specialized, specialize_figures
 
 ARTIFACTS = {
     "model.safetensors": "weights, with the plan in the metadata: palmette.load(source_model, file)",
@@ -24,7 +25,7 @@ ARTIFACTS = {
 
 
 def render(run_folder: str | Path) -> Path:
-    """Write report.html into `run_folder`, that of a shrink, curve or adapt, from its files, and return its path.
+    """Write report.html into `run_folder`, that of a shrink, curve, adapt or specialize, and return its path.
 
     The same folder gives the same bytes. Raises RunError when figures.json is missing or damaged, or when the page
     would exceed 1 MB.
@@ -34,6 +35,8 @@ def render(run_folder: str | Path) -> Path:
         return render_front(folder)
     if adapt_figures(folder) is not None:
         return render_adapted(folder)
+    if specialize_figures(folder) is not None:
+        return render_specialized(folder)
     page = page_of(load_figures(folder), _plan(folder), artifacts(folder, ARTIFACTS))
     return write_page(folder, page)
 

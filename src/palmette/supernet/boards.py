@@ -1,0 +1,221 @@
+"""A whole run of `specialize`: a network becomes a supernet, is trained once, and gives every board its own network."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from palmette.deploy import export
+from palmette.device import DeviceProfile
+from palmette.errors import ExportError, InputError
+from palmette.files import write_json
+from palmette.graph.inputs import inputs_of
+from palmette.meter.runtimes import has_onnx
+from palmette.report.render import render
+from palmette.run import Run
+from palmette.supernet.memory import MemoryModel
+from palmette.supernet.sampling import check_feasible
+from palmette.supernet.specialize import Specialized, specialize
+from palmette.supernet.supernet import Supernet
+from palmette.supernet.training import train_supernet
+from palmette.train.config import HealConfig
+
+Say = Callable[[str], None]
+
+_FLAGS = {"true": True, "false": False}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How the supernet is made (`elastic`: options of `Supernet.from_model`), trained and searched."""
+
+    heal: HealConfig = field(default_factory=HealConfig)
+    strategy: str = "sandwich"
+    sub_nets: int = 2
+    elastic: Mapping[str, Any] = field(default_factory=dict)
+    measurements: int = 40
+    rounds: int = 3
+    batches: int = 10
+    control: bool = True
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return {**vars(self), "heal": self.heal.recipe(), "elastic": dict(self.elastic)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoardsResult:
+    """What `run_boards` did; `report`: the page, None for a dry run."""
+
+    net: Supernet
+    boards: list[Specialized]
+    folder: Path | None = None
+    report: Path | None = None
+
+
+def parse_board(text: str) -> DeviceProfile:
+    """A board from a text such as "nano:ram=256KiB,flash=1MiB,dtype=int8,weights_in=flash".
+
+    The names are the fields of DeviceProfile. Raises InputError for anything else.
+    """
+    name, colon, rest = text.partition(":")
+    pairs = [part.partition("=") for part in rest.split(",")] if rest else []
+    if (
+        not re.fullmatch(r"[A-Za-z0-9_.-]+", name)
+        or not colon
+        or not all(equals and value for _, equals, value in pairs)
+    ):
+        raise InputError(f"{text!r} is no board", fix='Write "NAME:ram=256KiB,flash=1MiB,dtype=int8,weights_in=flash".')
+    fields = set(DeviceProfile.__dataclass_fields__) - {"name"}
+    given: dict[str, Any] = {}
+    for key, _, value in pairs:
+        key = key.strip().replace("-", "_")
+        if key not in fields:
+            raise InputError(f"A board has no {key!r}", where=text, fix=f"It has {', '.join(sorted(fields))}.")
+        given[key] = float(value) if key == "latency_ms" else _FLAGS.get(value.strip(), value.strip())
+    return DeviceProfile(name=name, **given)
+
+
+def run_boards(
+    model: nn.Module,
+    train_loader: Iterable[Any],
+    val_loader: Iterable[Any],
+    test_loader: Iterable[Any] | None = None,
+    *,
+    boards: Sequence[DeviceProfile],
+    recipe: Recipe | None = None,
+    example_inputs: Any = None,
+    run_dir: str | Path = "runs/specialize",
+    resume: bool = False,
+    dry_run: bool = False,
+    seed: int = 0,
+    names: Mapping[str, str] | None = None,
+    say: Say | None = None,
+) -> BoardsResult:
+    """Make a supernet of `model`, train it once, and find the best network for each board; `model` stays untouched.
+
+    The run folder gets the supernet's weights, for each board a folder with its network and exports, and a report.
+    dry_run: say what is elastic and whether each board can be met; nothing is trained or written. names: what
+    figures.json calls command, model and data.
+
+    Raises BudgetError before anything is trained if a board cannot be met, InputError for two boards of one name, and
+    what `train_supernet` and `specialize` raise.
+    """
+    recipe, say = recipe or Recipe(), say or (lambda _: None)
+    if len({board.name for board in boards}) < len(boards) or not boards:
+        raise InputError("Every board needs a name of its own, and there must be one", fix="Name each board once.")
+    example = inputs_of(next(iter(train_loader))) if example_inputs is None else example_inputs
+    net = Supernet.from_model(model, example, **recipe.elastic)
+    say(describe(net))
+    for board in boards:
+        memory = MemoryModel(net, board)
+        check_feasible(memory)
+        say(reach(memory))
+    if dry_run:
+        return BoardsResult(net=net, boards=[])
+    config = {**recipe.to_dict(), "boards": [str(board) for board in boards]}
+    run = Run(run_dir, resume=resume, command=(names or {}).get("command", ""), config=config, seed=seed)
+    history = train_supernet(
+        net,
+        train_loader,
+        recipe.heal,
+        strategy=recipe.strategy,
+        sub_nets=recipe.sub_nets,
+        seed=seed,
+        checkpoint=run.path("supernet.safetensors"),
+    )
+    made = []
+    for board in boards:
+        folder = run.path(f"boards/{board.name}/figures.json").parent
+        found = specialize(
+            net,
+            train_loader,
+            val_loader,
+            test_loader,
+            profile=board,
+            source=model,
+            measurements=recipe.measurements,
+            rounds=recipe.rounds,
+            batches=recipe.batches,
+            control=recipe.control,
+            run_dir=folder,
+            resume=True,
+            seed=seed,
+            say=say,
+        )
+        _exported(run, found, example)
+        made.append(found)
+    write_json(run.path("figures.json"), _figures(run, net, recipe, made, history, names))
+    return BoardsResult(net=net, boards=made, folder=run.folder, report=render(run.folder))
+
+
+def describe(net: Supernet) -> str:
+    """What is elastic in a supernet, in one line."""
+    kinds = {kind: len(net.space.of_kind(kind)) for kind in ("width", "depth", "kernel", "heads")}
+    found = ", ".join(f"{count} of {kind}" for kind, count in kinds.items() if count)
+    static = f"{len(net.static)} layers stay as they are"
+    return f"Supernet: {net.space.size():.3g} networks; choices: {found or 'none'}; {static}"
+
+
+def reach(memory: MemoryModel) -> str:
+    """What the smallest and the largest network need of a board, in one line."""
+    codes = memory.codes.encode([memory.net.min(), memory.net.max()])
+    ram, params = memory.ram_bytes(codes), memory.param_bytes(codes)
+    fits = "the largest fits" if memory.fits(codes)[1] else "the largest does not fit"
+    return (
+        f"{memory.profile.name}: RAM {ram[0]:,} to {ram[1]:,} bytes, parameters {params[0]:,} to {params[1]:,} bytes "
+        f"from the smallest to the largest; {fits}"
+    )
+
+
+def _exported(run: Run, found: Specialized, example: Any) -> None:
+    """Write model.pt2, and model.onnx where ONNX is installed; what fails is noted, and the run goes on."""
+
+    def written() -> dict[str, Any]:
+        done: dict[str, Any] = {}
+        for kind in ("onnx", "pt2") if has_onnx() else ("pt2",):
+            try:
+                file = run.path(f"boards/{found.profile.name}/model.{kind}")
+                done[kind] = export(found.model, example, file, batches=[example]).to_dict()
+            except ExportError as error:
+                done[kind] = {"error": str(error)}
+        return done
+
+    run.once(f"export-{found.profile.name}", written, alone=True)
+
+
+def _figures(
+    run: Run,
+    net: Supernet,
+    recipe: Recipe,
+    made: Sequence[Specialized],
+    history: list[dict[str, Any]],
+    names: Mapping[str, str] | None,
+) -> dict[str, Any]:
+    whole = MemoryModel(net, made[0].profile)
+    return {
+        "kind": "specialize",
+        "command": "",
+        "model": "the network",
+        "data": "",
+        **(names or {}),
+        "environment": run.environment,
+        "recipe": recipe.to_dict(),
+        "supernet": {
+            "networks": float(net.space.size()),
+            "choices": [{"name": c.name, "kind": c.kind, "values": list(c.values)} for c in net.space.choices],
+            "static": net.static,
+            "largest": {
+                "steps": [list(step) for step in whole.per_step(net.max())],
+                "ram_bytes": int(whole.ram_bytes(whole.codes.encode([net.max()]))[0]),
+            },
+        },
+        "history": history,
+        "boards": [found.to_dict() for found in made],
+        "exports": {found.profile.name: run.once(f"export-{found.profile.name}", dict) for found in made},
+    }
