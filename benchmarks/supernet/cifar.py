@@ -6,10 +6,12 @@ them one widens gently, as OFA does, the other as `moofa_widths` has it.
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from torch.nn import functional as F
 sys.path.append(str(Path(__file__).parents[1]))
 import stored
 
+from palmette.files import write_json
 from palmette.supernet import StagedSpace, moofa_widths
 from palmette.supernet.supernet import Supernet
 from palmette.supernet.training import train_supernet
@@ -87,6 +90,7 @@ def supernet(model: nn.Module) -> Supernet:
     )
 
 
+@cache
 def images(split: str, count: int | None = None) -> tuple[Tensor, Tensor]:
     """Normalised images [n, 3, 32, 32] and labels [n] of a split; of "train" `count` drawn ones."""
     load = stored._import(stored.folder() / "load.py")
@@ -149,13 +153,17 @@ def trained(name: str, recipe: Recipe) -> tuple[Supernet, dict[str, Any]]:
         checkpoint=RUNS / f"{name}-sandwich.safetensors",
     )
     net.to(memory_format=torch.channels_last).eval()
-    return net, {
+    cost = {
         "loss_alone": [entry["loss"] for entry in first],
         "loss_sandwich": [entry["loss"] for entry in second],
         "cpu_seconds_alone": round(middle - cpu),
         "cpu_seconds_sandwich": round(time.process_time() - middle),
         "wall_seconds": round(time.perf_counter() - start),
     }
+    known = RUNS / f"{name}-cost.json"  # of the process that trained: later ones only read the weights
+    if not known.exists():
+        write_json(known, cost)
+    return net, json.loads(known.read_text())
 
 
 @torch.no_grad()
@@ -169,9 +177,3 @@ def right(model: nn.Module, x: Tensor, y: Tensor) -> Any:
 def calibration(x: Tensor, y: Tensor, count: int) -> Iterable[Any]:
     """The first `count` training images as they are, for the statistics of batch norms."""
     return Batches(x[:count], y[:count], 250, augment=False)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for each in ("OFA", "MOOFA"):
-        print(each, trained(each, Recipe())[1], flush=True)

@@ -66,15 +66,8 @@ class Ridge:
                     fix='Divide percentages by 100, or write scale="linear".',
                 )
             measured = -np.log1p(-measured)
-        fold = np.random.default_rng(seed).permutation(len(measured)) % _FOLDS
-        errors = np.zeros(len(penalties))
-        for number in range(_FOLDS):
-            out = fold == number
-            weights, constants = _solve(code[~out], measured[~out], penalties)
-            errors += ((code[out] @ weights + constants - measured[out, None]) ** 2).sum(0)
-        penalty = penalties[int(errors.argmin())]
-        weights, constants = _solve(code, measured, (penalty,))
-        return cls(space, _table(space, weights[:, 0], float(constants[0])), penalty, scale)
+        weights, constant, penalty = ridge(code, measured, penalties, seed)
+        return cls(space, _table(space, weights, constant), penalty, scale)
 
     def predict(self, configs: Configs) -> Array:
         """Predicted values, float64 [N]. Raises InputError for a choice or resolution that the space does not list."""
@@ -83,6 +76,27 @@ class Ridge:
     def value(self, score: Any) -> Any:
         """The value that a sum over `table` stands for, as `Optimum.score`; a float or an array."""
         return score if self.scale == "linear" else -np.expm1(-score)
+
+
+def ridge(
+    code: Array, values: Array, penalties: tuple[float, ...] = PENALTIES, seed: int = 0
+) -> tuple[Array, float, float]:
+    """Weights [columns] and constant of a ridge regression of values [N] on code [N, columns], and its penalty.
+
+    The penalty is that of the least squared error in five-fold cross-validation, the folds drawn by `seed`; the mean is
+    not penalised. Raises InputError for fewer than five rows.
+    """
+    if len(values) < _FOLDS:
+        raise InputError(f"{len(values)} values are too few to learn from", fix=f"Give at least {_FOLDS}.")
+    fold = np.random.default_rng(seed).permutation(len(values)) % _FOLDS
+    errors = np.zeros(len(penalties))
+    for number in range(_FOLDS):
+        out = fold == number
+        weights, constants = _solve(code[~out], values[~out], penalties)
+        errors += ((code[out] @ weights + constants - values[out, None]) ** 2).sum(0)
+    penalty = penalties[int(errors.argmin())]
+    weights, constants = _solve(code, values, (penalty,))
+    return weights[:, 0], float(constants[0]), penalty
 
 
 def _solve(code: Array, values: Array, penalties: tuple[float, ...]) -> tuple[Array, Array]:
