@@ -62,7 +62,7 @@ class Search:
         self.codes = self.models["device"].codes
         self.train = cifar.images("train", recipe.images)
         self.known: list[Code] = []
-        rows.once(f"training {name}", lambda: {**vars(recipe), **cost, **self.described()})
+        rows.once(f"training {name}", lambda: {**vars(recipe), "samples": SAMPLES, **cost, **self.described()})
 
     def described(self) -> dict[str, Any]:
         """Widths of the space, the number of networks, and the largest in figures."""
