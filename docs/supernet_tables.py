@@ -212,12 +212,14 @@ equal memory buys.
 SEARCHED = """
 At each budget {samples} networks were drawn and measured on the 2,000 validation images, a ridge regression proposed
 more, and the best that was measured is the answer ({counts} measured in all; random search had as many). Uniform: one
-share for all inner widths, all blocks and kernels, from the same supernet. Top-1 on {n:,} test images that chose
+share for all inner widths, all blocks and kernels, from the same supernet. OFA's MACs: MOOFA's best measured network
+with at most as many multiply-adds as OFA's answer, against that answer. Top-1 on {n:,} test images that chose
 nothing, as the supernet has it and after one more epoch alone on the same training images; MOOFA minus OFA, in points,
 paired per image, with its 95 % interval, which does not count the luck of training (one seed). By
 `benchmarks/supernet/trained.py`.
 """
 
+WAYS = {"searched": "search", "matched": "search, OFA's MACs", "random": "random search", "uniform": "uniform"}
 PROFILE_TEXT = {
     "device": "Weights in flash, activations, additions and depthwise convolutions in place; float32 (int8: 1/4):",
     "plain": "Weights in flash, nothing in place:",
@@ -239,7 +241,7 @@ def trained_section() -> str:
     gaps = [row["n"] for key, row in rows.items() if key.startswith("difference")]
     if not metrics or not gaps:
         return ""
-    recipe, known = rows["training MOOFA"], {name: rows[f"search {name} device"] for name in ("MOOFA", "OFA")}
+    recipe, known = rows["training MOOFA"], {name: rows[f"counts {name} device"] for name in ("MOOFA", "OFA")}
     counts = ", ".join(f"{row['measured']} of {name}" for name, row in known.items())
     parts = ["## Supernets: trained here", TRAINED.format(**recipe).strip(), trained_spaces(rows)]
     parts.append(SEARCHED.format(samples=recipe["samples"], counts=counts, n=gaps[0]).strip())
@@ -276,9 +278,9 @@ def trained_answers(rows: dict[str, Any], metric: str) -> str:
     head = ("RAM", "chosen by", *(f"{what}, {state}" for state in states for what in ("OFA", "MOOFA", "difference")))
     lines = []
     for budget in rows[f"search OFA {metric}"]["answers"]["searched"]:
-        for way in ("searched", "random", "uniform"):
+        for way, said in WAYS.items():
             gap = rows.get(f"difference {metric} {way} {budget}", {})
-            cells = [f"{budget} KiB", {"searched": "ridge", "random": "random search"}.get(way, way)]
+            cells = [f"{budget} KiB", said]
             for state in states:
                 for name in ("OFA", "MOOFA"):
                     code = rows[f"search {name} {metric}"]["answers"][way].get(budget)

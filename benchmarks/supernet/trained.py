@@ -153,15 +153,16 @@ class Search:
             if uniform is not None:
                 found["uniform"][budget] = uniform
         self.rows.once(
-            f"search {self.name} {metric}",
-            lambda: {
-                "measured": len(known),
-                "random": len(blind),
-                "answers": {way: {b: text(c) for b, c in by.items()} for way, by in found.items()},
-            },
-            again=True,
+            f"counts {self.name} {metric}", lambda: {"measured": len(known), "random": len(blind)}, again=True
         )
         return found
+
+    def macs(self, code: Code) -> int:
+        """Multiply-adds of a configuration."""
+        made = self.rows.once(
+            f"macs {self.name} {text(code)}", lambda: {"macs": macs(self.net.extract(self.config(code)), EXAMPLE)}
+        )
+        return int(made["macs"])
 
     def tested(self, code: Code, *, tune: bool) -> dict[str, Any]:
         """Figures of an extracted network, and its right answers on the test images, as it is and fine-tuned."""
@@ -220,9 +221,28 @@ def bits(row: dict[str, Any]) -> Any:
     return np.unpackbits(np.frombuffer(bytes.fromhex(row["top1"]["right"]), np.uint8))[:n].astype(bool)
 
 
+def matched(spaces: dict[str, Search], metric: str, answers: dict[str, Any]) -> None:
+    """Add MOOFA's best measured networks with at most the MACs of OFA's answers, and beside them these answers."""
+    moofa, searched = spaces["MOOFA"], answers["OFA"]["searched"]
+    answers["OFA"]["matched"], answers["MOOFA"]["matched"] = searched, {}
+    for budget, code in searched.items():
+        most = spaces["OFA"].macs(code)
+        fitting = sorted((c for c in moofa.known if moofa.fits(c, metric, budget)), key=moofa.measured, reverse=True)
+        best = next((c for c in fitting if moofa.macs(c) <= most), None)
+        if best is not None:
+            answers["MOOFA"]["matched"][budget] = best
+
+
+def write_answers(spaces: dict[str, Search], metric: str, answers: dict[str, Any]) -> None:
+    """Which networks answer, by space, way and budget."""
+    for name, search in spaces.items():
+        said = {way: {str(b): text(c) for b, c in by.items()} for way, by in answers[name].items()}
+        search.rows.once(f"search {name} {metric}", lambda s=said: {"answers": s}, again=True)
+
+
 def compare(rows: setups.Rows, spaces: dict[str, Search], metric: str, answers: dict[str, Any], *, tune: bool) -> None:
     """Test the answers, the tightest budgets first, and write the paired differences between the spaces."""
-    for way in ("searched", "uniform", "random"):
+    for way in ("searched", "matched", "uniform", "random"):
         for budget in BUDGETS[metric]:
             own = {
                 name: search.tested(answers[name][way][budget], tune=tune)
@@ -249,6 +269,8 @@ def main() -> None:
     spaces = {name: Search(name, rows, cifar.Recipe()) for name in SPACES}
     for metric in given.metrics:
         answers = {name: search.answers(metric) for name, search in spaces.items()}
+        matched(spaces, metric, answers)
+        write_answers(spaces, metric, answers)
         compare(rows, spaces, metric, answers, tune=False)
         if metric in given.tune:
             compare(rows, spaces, metric, answers, tune=True)
