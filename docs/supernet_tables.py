@@ -196,3 +196,116 @@ def bounded(rows: list[dict[str, Any]]) -> str:
 
 def _budgets(rows: dict[tuple[str, int], dict[str, Any]]) -> list[int]:
     return sorted({budget for _, budget in rows})
+
+
+# ---- trained here ----------------------------------------------------------------------------------------------------
+
+TRAINED = """
+Two spaces on CIFAR-10 at 32 px, from random weights, on one core: the same stem, first stage and choices (kernels 3 and
+5, expands 1 to 4, depths), so that the same layers near the input bound both. Behind them OFA's kind widens gently;
+MOOFA's widths are those of `moofa_widths`. Both saw the same images in the same order: {images:,} training images, the
+largest network alone for {alone} epochs (SGD, {alone_lr:g}), then {sandwich} epochs of the sandwich ({sandwich_lr:g};
+largest, smallest, {sub_nets} at random), one seed. **The networks are not equal in MACs and parameters**: that is what
+equal memory buys.
+"""
+
+SEARCHED = """
+At each budget {samples} networks were drawn and measured on the 2,000 validation images, a ridge regression proposed
+more, and the best that was measured is the answer ({counts} measured in all; random search had as many). Uniform: one
+share for all inner widths, all blocks and kernels, from the same supernet. OFA's MACs: MOOFA's best measured network
+with at most as many multiply-adds as OFA's answer, against that answer. Top-1 on {n:,} test images that chose
+nothing, as the supernet has it and after one more epoch alone on the same training images; MOOFA minus OFA, in points,
+paired per image, with its 95 % interval, which does not count the luck of training (one seed). By
+`benchmarks/supernet/trained.py`.
+"""
+
+WAYS = {"searched": "search", "matched": "search, OFA's MACs", "random": "random search", "uniform": "uniform"}
+PROFILE_TEXT = {
+    "device": "Weights in flash, activations, additions and depthwise convolutions in place; float32 (int8: 1/4):",
+    "plain": "Weights in flash, nothing in place:",
+}
+
+FIGURES = """
+The searched networks: what they need within each budget. Peaks in KiB; that without anything in place was measured on
+the extracted network and is what was predicted in {equal} of {all} networks.
+"""
+
+
+def trained_section() -> str:
+    """The tables of the supernets that were trained here; nothing where no results are stored."""
+    file = FILE.with_name("supernet_trained.json")
+    if not file.exists():
+        return ""
+    rows = json.loads(file.read_text())["rows"]
+    metrics = [m for m in PROFILE_TEXT if f"search MOOFA {m}" in rows and f"search OFA {m}" in rows]
+    gaps = [row["n"] for key, row in rows.items() if key.startswith("difference")]
+    if not metrics or not gaps:
+        return ""
+    recipe, known = rows["training MOOFA"], {name: rows[f"counts {name} device"] for name in ("MOOFA", "OFA")}
+    counts = ", ".join(f"{row['measured']} of {name}" for name, row in known.items())
+    parts = ["## Supernets: trained here", TRAINED.format(**recipe).strip(), trained_spaces(rows)]
+    parts.append(SEARCHED.format(samples=recipe["samples"], counts=counts, n=gaps[0]).strip())
+    for metric in metrics:
+        parts += [PROFILE_TEXT[metric], trained_answers(rows, metric)]
+    tests = [row for key, row in rows.items() if key.startswith("test ")]
+    equal = sum(row["predicted"]["plain"] == row["peak_bytes"] for row in tests)
+    return "\n\n".join([*parts, FIGURES.format(equal=equal, all=len(tests)).strip(), trained_figures(rows)])
+
+
+def trained_spaces(rows: dict[str, Any]) -> str:
+    """One line for each space: widths, size, and what training took."""
+    head = (
+        "",
+        "stem, first, stages, final, last",
+        "networks",
+        "largest: MACs, M",
+        "parameters, k",
+        "training, CPU min",
+    )
+    lines = []
+    for name in ("OFA", "MOOFA"):
+        row = rows[f"training {name}"]
+        minutes = (row["cpu_seconds_alone"] + row["cpu_seconds_sandwich"]) / 60
+        figures = [f"{row['networks']:.1e}", f"{row['macs'] / 1e6:.2f}", f"{row['params'] / 1e3:.0f}", f"{minutes:.1f}"]
+        lines.append((f"{name}'s kind", ", ".join(map(str, row["widths"])), *figures))
+    return table(head, lines)
+
+
+def trained_answers(rows: dict[str, Any], metric: str) -> str:
+    """By budget and way of searching: test accuracy of both, and the difference, before and after fine-tuning."""
+    tuned = any(key.startswith(f"difference {metric}") and "tuned" in row for key, row in rows.items())
+    states = ("as it is", "tuned") if tuned else ("as it is",)
+    head = ("RAM", "chosen by", *(f"{what}, {state}" for state in states for what in ("OFA", "MOOFA", "difference")))
+    lines = []
+    for budget in rows[f"search OFA {metric}"]["answers"]["searched"]:
+        for way, said in WAYS.items():
+            gap = rows.get(f"difference {metric} {way} {budget}", {})
+            cells = [f"{budget} KiB", said]
+            for state in states:
+                for name in ("OFA", "MOOFA"):
+                    code = rows[f"search {name} {metric}"]["answers"][way].get(budget)
+                    cells += [_top1(rows, name, code, state)]
+                cells.append("{:+.2f} [{:+.2f}, {:+.2f}]".format(*gap[state]) if state in gap else "-")
+            if set(cells[2:]) != {"-"}:
+                lines.append(cells)
+    return table(head, lines)
+
+
+def _top1(rows: dict[str, Any], name: str, code: str | None, state: str) -> str:
+    row = rows.get(f"{'test' if state == 'as it is' else 'tuned'} {name} {code}")
+    return f"{100 * row['top1']['mean']:.2f}" if row else "-"
+
+
+def trained_figures(rows: dict[str, Any]) -> str:
+    """Validation accuracy, compute, weights and peaks of the searched networks under the device's profile."""
+    head = ("RAM", "", "validation", "MACs, M", "parameters, k", "peak, device", "peak, plain", "measured")
+    lines = []
+    for budget in rows["search OFA device"]["answers"]["searched"]:
+        for name in ("OFA", "MOOFA"):
+            code = rows[f"search {name} device"]["answers"]["searched"].get(budget)
+            row = rows.get(f"test {name} {code}")
+            if row:
+                peaks = [row["predicted"]["device"], row["predicted"]["plain"], row["peak_bytes"]]
+                size = [f"{100 * row['val']:.2f}", f"{row['macs'] / 1e6:.2f}", f"{row['params'] / 1e3:.0f}"]
+                lines.append((f"{budget} KiB", name, *size, *(f"{peak / 1024:.1f}" for peak in peaks)))
+    return table(head, lines)

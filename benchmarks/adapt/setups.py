@@ -28,8 +28,8 @@ MIB = 2**20
 class Rows:
     """Rows of a results file by their keys; a row that is there is not made again."""
 
-    def __init__(self, name: str, about: str) -> None:
-        self.file = RESULTS / f"adapt_{name}.json"
+    def __init__(self, name: str, about: str, wing: str = "adapt") -> None:
+        self.file = RESULTS / f"{wing}_{name}.json"
         self.content: dict[str, Any] = json.loads(self.file.read_text()) if self.file.exists() else {"rows": {}}
         self.content |= {"schema": 1, "about": about, "environment": environment()}
 

@@ -130,6 +130,20 @@ def test_looser_budgets_are_never_worse_and_answers_can_be_excluded(tiny):
     assert second.value <= first.value
 
 
+def test_an_excluded_network_is_not_found_again_by_other_values_of_blocks_that_are_gone(tiny):
+    net = Supernet.from_model(*tiny)
+    memory = MemoryModel(net)
+    weights = np.zeros(memory.codes.width)  # the fewest blocks win: choices of those left out are free
+    for choice in net.space.of_kind("depth"):
+        weights[memory.codes.first[choice.name]] = 1.0
+    assert net.space.of_kind("depth")
+    excluded = []
+    for _ in range(6):
+        found = Optimizer(memory).best(weights, excluded=memory.codes.encode(excluded) if excluded else None)
+        assert found.config not in excluded
+        excluded.append(found.config)
+
+
 def test_codes_and_configurations_are_one_to_one(mixed):
     net = Supernet.from_model(*mixed)
     codes, rng = MemoryModel(net).codes, np.random.default_rng(0)

@@ -10,7 +10,7 @@ from scipy.stats import kendalltau
 from palmette.errors import InputError
 from palmette.supernet import MOOFA
 from palmette.supernet.coding import one_hot
-from palmette.supernet.predictor import Perceptron, Ridge, agreement, near_optimum
+from palmette.supernet.predictor import Perceptron, Ridge, agreement, near_optimum, ridge
 
 
 def additive_values(space, configs, seed=0):
@@ -26,6 +26,17 @@ def test_ridge_recovers_what_is_additive(samples, scale):
         values = 1 - np.exp(-values)
     ridge = Ridge.fit(MOOFA, configs.take(slice(400)), values[:400], scale=scale)
     assert ridge.predict(configs.take(slice(400, None))) == pytest.approx(values[400:], abs=1e-3)
+
+
+def test_a_ridge_of_any_code_finds_what_is_linear():
+    rng = np.random.default_rng(0)
+    code, true = rng.integers(0, 2, (200, 9)).astype(float), rng.normal(size=9)
+    weights, constant, penalty = ridge(code, code @ true + 0.5)
+    assert weights == pytest.approx(true, abs=1e-2)
+    assert constant == pytest.approx(0.5, abs=1e-2)
+    assert penalty == 0.01
+    with pytest.raises(InputError, match="too few"):
+        ridge(code[:4], code[:4, 0])
 
 
 def test_the_table_of_ridge_adds_up_to_its_prediction(samples):

@@ -35,7 +35,7 @@ def specialize(
     epochs: Annotated[int, typer.Option(min=0, help="Epochs that the supernet is trained.")] = 5,
     lr: Annotated[float | None, typer.Option(help="Learning rate; 0.01 if not given.")] = None,
     optimizer: opt.Optimizer = None,
-    measurements: Annotated[int, typer.Option(min=4, help="Networks that are judged for each board.")] = 40,
+    measurements: Annotated[int, typer.Option(min=10, help="Networks that are judged for each board.")] = 40,
     width: Annotated[
         list[float] | None,
         typer.Option(metavar="SHARE", help="Shares of channels that may stay; 0.5, 0.75 and 1 if not given."),

@@ -56,7 +56,7 @@ class Optimizer:
         self._bound_ram(program)
         self._bound_flash(program)
         for code in () if excluded is None else excluded:
-            columns = [self.codes.first[c.name] + int(i) for c, i in zip(self.codes.choices, code, strict=True)]
+            columns = self._said(code)
             program.at_most({(column,): 1.0 for column in columns}, len(columns) - 1)
         found = program.maximum(self._objective(weights), self._scipy, self._sparse)
         if found is None:
@@ -69,6 +69,12 @@ class Optimizer:
             ]
         )
         return Optimum(self.memory.net.space.canonical(self.codes.decode(code)), value + constant)
+
+    def _said(self, code: Ints) -> list[int]:
+        """The columns that tell a configuration from others: what does not matter in it may have any value."""
+        space, config = self.memory.net.space, self.codes.decode(code)
+        pairs = zip(self.codes.choices, code, strict=True)
+        return [self.codes.first[c.name] + int(i) for c, i in pairs if space.active(config, c)]
 
     def _objective(self, weights: Floats) -> dict[Product, float]:
         """The value as a sum of products: a choice that hangs on a depth counts where its block is there."""

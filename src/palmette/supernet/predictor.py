@@ -66,7 +66,7 @@ class Ridge:
                     fix='Divide percentages by 100, or write scale="linear".',
                 )
             measured = -np.log1p(-measured)
-        weights, constant, penalty = fit_ridge(code, measured, penalties=penalties, seed=seed)
+        weights, constant, penalty = ridge(code, measured, penalties, seed)
         return cls(space, _table(space, weights, constant), penalty, scale)
 
     def predict(self, configs: Configs) -> Array:
@@ -78,17 +78,19 @@ class Ridge:
         return score if self.scale == "linear" else -np.expm1(-score)
 
 
-def fit_ridge(
-    code: Array, values: Array, *, penalties: tuple[float, ...] = PENALTIES, folds: int = _FOLDS, seed: int = 0
+def ridge(
+    code: Array, values: Array, penalties: tuple[float, ...] = PENALTIES, seed: int = 0
 ) -> tuple[Array, float, float]:
-    """Weights [columns], constant and penalty of the ridge regression of values [N] on a code [N, columns].
+    """Weights [columns] and constant of a ridge regression of values [N] on code [N, columns], and its penalty.
 
-    The penalty is that of the least squared error in cross-validation over folds drawn by `seed`; the mean is not
-    penalised.
+    The penalty is that of the least squared error in five-fold cross-validation, the folds drawn by `seed`; the mean is
+    not penalised. Raises InputError for fewer than five rows.
     """
-    fold = np.random.default_rng(seed).permutation(len(values)) % folds
+    if len(values) < _FOLDS:
+        raise InputError(f"{len(values)} values are too few to learn from", fix=f"Give at least {_FOLDS}.")
+    fold = np.random.default_rng(seed).permutation(len(values)) % _FOLDS
     errors = np.zeros(len(penalties))
-    for number in range(folds):
+    for number in range(_FOLDS):
         out = fold == number
         weights, constants = _solve(code[~out], values[~out], penalties)
         errors += ((code[out] @ weights + constants - values[out, None]) ** 2).sum(0)

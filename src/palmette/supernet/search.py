@@ -15,7 +15,7 @@ import numpy as np
 from palmette.supernet.codes import Floats, Ints
 from palmette.supernet.memory import MemoryModel
 from palmette.supernet.optimum import Optimizer
-from palmette.supernet.predictor import agreement, fit_ridge
+from palmette.supernet.predictor import agreement, ridge
 from palmette.supernet.sampling import check_feasible, sample_balanced
 from palmette.supernet.space import Config, key_of
 
@@ -83,7 +83,7 @@ def search(
     check_feasible(memory)
     rng = np.random.default_rng(seed)
     drawn = _different(memory, sample_balanced(memory, 4 * measurements, rng))[:measurements]
-    first = drawn[: max(2, round(FIRST_SHARE * measurements))]
+    first = drawn[: max(5, round(FIRST_SHARE * measurements))]
     values: dict[str, float] = {}
 
     def value(config: Config) -> float:
@@ -136,7 +136,7 @@ def _learnt(memory: MemoryModel, found: Sequence[Found]) -> Floats:
     """Weights [codes.width] whose sum over a code is -log(1 - value)."""
     code = np.array([memory.net.space.encode(f.config) for f in found])
     values = -np.log1p(-np.minimum([f.value for f in found], 1 - 1e-6))
-    weights, constant, _ = fit_ridge(code, values, folds=min(5, len(found)))
+    weights, constant, _ = ridge(code, values)
     return np.concatenate([[constant], weights])
 
 

@@ -111,10 +111,10 @@ def specialize(
     Raises BudgetError at once if nothing fits, with the smallest need and what binds; InputError for options out of
     bounds; VerifyError if the answer needs more than was computed; RunError for a folder that cannot be used.
     """
-    if measurements < 4 or rounds < 1 or batches < 1:
+    if measurements < 10 or rounds < 1 or batches < 1:
         raise InputError(
             f"measurements = {measurements}, rounds = {rounds}, batches = {batches} are out of bounds",
-            fix="Give at least 4, 1 and 1.",
+            fix="Give at least 10, 1 and 1.",
         )
     memory = MemoryModel(net, profile)
     options = {"profile": str(profile), "measurements": measurements, "rounds": rounds, "batches": batches}
