@@ -98,7 +98,8 @@ def test_a_profile_promises_nothing_in_place_unless_it_says_so() -> None:
 
 
 def test_bad_bounds_are_refused_when_the_profile_is_made() -> None:
-    for bad in ({"ram": "lots"}, {"flash": -1}, {"latency_ms": 0.0}, {"weights_in": "cloud"}, {"reserve": "some"}):
+    bounds = ({"ram": "lots"}, {"flash": -1}, {"latency_ms": 0.0}, {"reserve": "some"})
+    for bad in (*bounds, {"weights_in": "cloud"}, {"operators": "all"}):
         with pytest.raises(InputError):
             DeviceProfile(**bad)  # type: ignore[arg-type]
 

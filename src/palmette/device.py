@@ -79,8 +79,10 @@ class DeviceProfile:
     dtype: the type in which the device computes. weights_in: where the weights live while it computes; in "flash" they
     take no RAM. reserve: bytes of RAM that the runtime keeps for itself. inplace_elementwise: activations, gates and
     additions write over their input; inplace_depthwise: depthwise convolutions do, channel by channel. Both matter to
-    memory that is computed from a formula, as for a supernet; a captured graph says itself what is in place. Raises
-    InputError for a bound that does not parse.
+    memory that is computed from a formula, as for a supernet; a captured graph says itself what is in place.
+    operators: "core" for a runtime that has only PyTorch's core operators and takes the others apart, as ExecuTorch
+    does where no delegate takes them; it matters to a supernet's memory. Raises InputError for a bound that does not
+    parse.
     """
 
     name: str = "custom"
@@ -92,6 +94,7 @@ class DeviceProfile:
     reserve: int | str = 0
     inplace_elementwise: bool = False
     inplace_depthwise: bool = False
+    operators: Literal["own", "core"] = "own"
 
     def __post_init__(self) -> None:
         _ = self.ram_bytes, self.flash_bytes, self.reserve_bytes
@@ -99,6 +102,8 @@ class DeviceProfile:
             parse_latency(self.latency_ms)
         if self.weights_in not in ("flash", "ram"):
             raise InputError(f"Weights cannot live in {self.weights_in!r}", fix='Write "flash" or "ram".')
+        if self.operators not in ("own", "core"):
+            raise InputError(f"Operators cannot be {self.operators!r}", fix='Write "own" or "core".')
 
     @property
     def ram_bytes(self) -> int | None:

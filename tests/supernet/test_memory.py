@@ -157,3 +157,13 @@ def test_a_peak_is_measured_on_the_captured_original(mixed):
     net = Supernet.from_model(model, x)
     code = MemoryModel(net).codes.encode([net.max()])
     assert MemoryModel(net).peak_bytes(code)[0] == peak_bytes(capture(model, x), 1, hold_inputs=False)
+
+
+def test_operators_that_a_runtime_takes_apart_count_as_it_runs_them(mixed):
+    net = Supernet.from_model(*mixed)
+    memory = MemoryModel(net, DeviceProfile(operators="core"))
+    rng = np.random.default_rng(0)
+    configs = [net.max(), net.min(), *(net.sample(rng) for _ in range(5))]
+    found = memory.peak_bytes(memory.codes.encode(configs)).tolist()
+    assert found == [peak_bytes(net.extract(c), 1, hold_inputs=False, operators="core") for c in configs]
+    assert found[0] > MemoryModel(net).peak_bytes(memory.codes.encode(configs))[0]

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import palmette.ranks as ranks
-from palmette.cli import adapt, curve, demo, files, look, shrink, specialize, tables
+from palmette.cli import adapt, curve, demo, files, look, profile, shrink, specialize, tables
 from palmette.errors import PalmetteError
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app.command("shrink")(shrink.shrink)
 app.command("curve")(curve.curve)
 app.command("specialize")(specialize.specialize)
 app.command("adapt")(adapt.adapt)
+app.command("profile")(profile.profile)
 app.command("sites")(look.sites)
 app.command("measure")(look.measure)
 app.command("methods")(look.methods)

@@ -11,8 +11,10 @@ not report it), and Python variables of the original code that outlive their las
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
@@ -23,19 +25,28 @@ from torch.utils._pytree import tree_leaves
 from palmette.errors import InputError
 from palmette.meter.compute import evaluating
 
+Operators = Literal["own", "core"]
+"""Whose operators run: those that the network calls, or what they become in PyTorch's core set."""
 
-def peak_bytes(captured: fx.GraphModule, batch: int = 1, *, hold_inputs: bool = True) -> int:
+
+def peak_bytes(
+    captured: fx.GraphModule, batch: int = 1, *, hold_inputs: bool = True, operators: Operators = "own"
+) -> int:
     """Largest number of bytes that inputs and activations occupy at once during one eval forward pass at `batch`.
 
     hold_inputs: the caller keeps the inputs for the whole pass, as with PyTorch and ONNX Runtime; False frees them
-    after their last use, as a planned arena does. Raises InputError when the graph cannot be followed without data.
+    after their last use, as a planned arena does. operators: "core" counts what an operator becomes for a runtime that
+    has only PyTorch's core set, such as ExecuTorch without a delegate: a hardswish becomes five operators, and needs
+    three tensors where its own kernel needs two. Raises InputError when the graph cannot be followed without data.
     """
-    return max(live_bytes(captured, batch, hold_inputs=hold_inputs).values(), default=0)
+    return max(live_bytes(captured, batch, hold_inputs=hold_inputs, operators=operators).values(), default=0)
 
 
-def live_bytes(captured: fx.GraphModule, batch: int = 1, *, hold_inputs: bool = True) -> dict[str, int]:
+def live_bytes(
+    captured: fx.GraphModule, batch: int = 1, *, hold_inputs: bool = True, operators: Operators = "own"
+) -> dict[str, int]:
     """For every node of the graph, by name and in execution order: the bytes that are occupied while it runs."""
-    steps = follow(captured, batch)
+    steps = follow(captured, batch, operators)
     end = len(steps) - 1
     sizes: dict[int, int] = {}
     birth: dict[int, int] = {}
@@ -69,13 +80,13 @@ class Step:
     allocated: int
 
 
-def follow(captured: fx.GraphModule, batch: int) -> list[Step]:
+def follow(captured: fx.GraphModule, batch: int, operators: Operators = "own") -> list[Step]:
     """What every node of the graph does to memory in an eval forward pass at `batch`, in execution order.
 
-    Raises InputError when the graph cannot be followed without data.
+    operators: as in `peak_bytes`. Raises InputError when the graph cannot be followed without data.
     """
     with evaluating(captured), FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        follower = _Follower(captured, fake)
+        follower = _Follower(captured, fake, _core() if operators == "core" else {})
         try:
             follower.run(*_fake_inputs(captured, batch), enable_io_processing=False)
         except Exception as error:
@@ -103,9 +114,9 @@ def _fake_inputs(captured: fx.GraphModule, batch: int) -> list[Tensor | None]:
 class _Follower(fx.Interpreter):
     """Runs a graph on fake tensors; keeps every value, so that a storage's address is its name."""
 
-    def __init__(self, captured: fx.GraphModule, fake: FakeTensorMode) -> None:
+    def __init__(self, captured: fx.GraphModule, fake: FakeTensorMode, table: Mapping[Any, Callable[..., Any]]) -> None:
         super().__init__(captured, garbage_collect_values=False)
-        self.fake = fake
+        self.fake, self.table = fake, table
         self.where = ""
         self.steps: list[Step] = []
         self.weights: set[int] = set()
@@ -113,7 +124,7 @@ class _Follower(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         self.where = str(n.meta.get("path", n.name))
-        with _Allocations() as allocations:
+        with _Allocations(self.table) as allocations:
             result = super().run_node(n)
         tensors = [] if n.op == "output" else [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         sizes = {_address(t): t.untyped_storage().nbytes() for t in tensors}
@@ -131,20 +142,37 @@ class _Follower(fx.Interpreter):
         return self.fake.from_tensor(value) if isinstance(value, Tensor) else value
 
 
+@cache
+def _core() -> dict[Any, Callable[..., Any]]:
+    """Operators that are not in PyTorch's core set, and what export makes of them; linear layers stay whole."""
+    table: dict[Any, Callable[..., Any]] = dict(torch._decomp.core_aten_decompositions())
+    table.pop(torch.ops.aten.linear.default, None)
+    return table
+
+
 def _address(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
 class _Allocations(TorchDispatchMode):
-    """The most bytes that operators had newly allocated at one time; what its schema calls an alias is not new."""
+    """The most bytes that operators had newly allocated at one time; what its schema calls an alias is not new.
 
-    def __init__(self) -> None:
+    table: what operators are taken apart into.
+    """
+
+    def __init__(self, table: Mapping[Any, Callable[..., Any]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.table = table
         self.peak = 0
         self.current = 0
         self.alive: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.table:
+            with self:
+                parts = self.table[func](*args, **(kwargs or {}))
+            if parts is not NotImplemented:
+                return parts
         result = func(*args, **(kwargs or {}))
         returns = func._schema.returns
         for value, declared in zip(result if len(returns) > 1 else (result,), returns, strict=True):

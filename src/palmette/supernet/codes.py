@@ -50,6 +50,18 @@ class Codes:
             out[np.arange(len(codes)), self.first[choice.name] + codes[:, j]] = 1.0
         return out
 
+    def mattering(self, codes: Ints) -> Floats:
+        """[n, width] as `onehot`, with zeros for a choice whose block is not there."""
+        out = self.onehot(codes)
+        place = {choice.name: j for j, choice in enumerate(self.choices)}
+        for choice in self.choices:
+            if choice.owner is not None:
+                depth = place[choice.owner[0]]
+                blocks = np.array(self.choices[depth].values)[codes[:, depth]]
+                first = self.first[choice.name]
+                out[blocks < choice.owner[1], first : first + len(choice.values)] = 0.0
+        return out
+
     def of(self, name: str, values: Sequence[float]) -> Floats:
         """The vector that gives one number for each value of a choice."""
         vector = np.zeros(self.width)

@@ -50,7 +50,7 @@ class MemoryModel:
         self._item = ITEM_BYTES[self.profile.dtype]
         self.codes = Codes(net.sites, net.space.choices)
         self._nodes = list(net.network.graph.nodes)
-        self._follow(follow(net.network, 1))
+        self._follow(follow(net.network, 1, self.profile.operators))
         self.weights = Weights(net, self.codes, self._item)
 
     def bounded(self, *, ram: int) -> MemoryModel:

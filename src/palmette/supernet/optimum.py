@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 
 from palmette import compat
+from palmette.errors import InputError
 from palmette.supernet.codes import Floats, Ints
+from palmette.supernet.latency import LatencyTable
 from palmette.supernet.memory import MemoryModel
 
 Product = tuple[int, ...]
@@ -35,11 +37,23 @@ class Optimum:
 class Optimizer:
     """Solves for the best configuration under the bounds of a memory model's profile.
 
-    Raises MissingDependency without scipy.
+    latency: what `measure_latencies` found on the device; needed where the profile bounds the latency, which is then
+    one more linear constraint. Raises MissingDependency without scipy, InputError for a bound on latency without a
+    table, or a table of another space.
     """
 
-    def __init__(self, memory: MemoryModel) -> None:
+    def __init__(self, memory: MemoryModel, latency: LatencyTable | None = None) -> None:
         self.memory, self.codes = memory, memory.codes
+        self._latency = None
+        if memory.profile.latency_ms is not None:
+            if latency is None:
+                raise InputError(
+                    "A bound on latency needs a table of latencies",
+                    where=f"profile {memory.profile.name!r}",
+                    why="times cannot be computed, only measured",
+                    fix="Measure one with measure_latencies(net) or `palmette profile`, and pass it as latency.",
+                )
+            self._latency = latency.vector(self.codes)
         self._scipy: Any = compat.optional("scipy.optimize", package="palmette[search]")
         self._sparse: Any = compat.optional("scipy.sparse", package="palmette[search]")
 
@@ -55,6 +69,8 @@ class Optimizer:
             program.equal({(first + i,): 1.0 for i in range(len(choice.values))}, 1.0)
         self._bound_ram(program)
         self._bound_flash(program)
+        if self._latency is not None:
+            program.at_most(self._objective(self._latency), float(self.memory.profile.latency_ms or 0.0))
         for code in () if excluded is None else excluded:
             columns = self._said(code)
             program.at_most({(column,): 1.0 for column in columns}, len(columns) - 1)

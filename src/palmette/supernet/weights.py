@@ -1,4 +1,4 @@
-"""The parameters of every configuration of a supernet, in closed form."""
+"""The parameters and multiply-adds of every configuration of a supernet, in closed form."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor, fx, nn
 
 from palmette.graph.channel_rules import first
 from palmette.graph.ops import get_tensor
+from palmette.meter.compute import node_macs
 from palmette.supernet.codes import Codes, Floats, Ints
 from palmette.supernet.supernet import Supernet
 
@@ -26,22 +27,31 @@ class Weights:
         gone = tables.gone()
         seen: set[int] = set()
         self.parts: list[tuple[list[Floats], Floats]] = []
+        self.uses: list[tuple[list[Floats], Floats, float]] = []
         for node in net.network.graph.nodes:
+            absent = gone.get(node, np.zeros(tables.width))
             for leaf, tensor in _parameters_of(net.network, node):
+                axes = self._axes(node, leaf, tensor)
                 if id(tensor) not in seen:
                     seen.add(id(tensor))
-                    self.parts.append((self._axes(node, leaf, tensor), gone.get(node, np.zeros(tables.width))))
+                    self.parts.append((axes, absent))
+                if leaf == "weight" and node.op == "call_module":
+                    self.uses.append((axes, absent, node_macs(node) / tensor.numel() / node.meta["shape"][0]))
 
     def __call__(self, codes: Ints) -> Ints:
         """Bytes [n] of the parameters of codes [n, choices]."""
         onehot = self.codes.onehot(codes)
-        total = np.zeros(len(codes))
-        for axes, gone in self.parts:
-            amount = np.ones(len(codes))
-            for lengths in axes:
-                amount *= onehot @ lengths
-            total += np.where(onehot @ gone > 0, 0.0, amount)
+        total = sum((_amounts(onehot, axes, gone) for axes, gone in self.parts), np.zeros(len(codes)))
         return (total * self.item).astype(np.int64)
+
+    def macs(self, codes: Ints) -> Ints:
+        """Multiply-adds [n] with a weight, for one sample of codes [n, choices]; products of activations not counted.
+
+        At the size of inputs that the supernet was made with.
+        """
+        onehot = self.codes.onehot(codes)
+        parts = (often * _amounts(onehot, axes, gone) for axes, gone, often in self.uses if often)
+        return np.rint(sum(parts, np.zeros(len(codes)))).astype(np.int64)
 
     def terms(self) -> dict[tuple[int, ...], float]:
         """The same as a sum of products of columns of a one-hot code; () is the number one."""
@@ -89,6 +99,14 @@ class Weights:
             return found
         name, heads, site, values = self._heads[path, side]
         return self.codes.of(name, [float(torch.isin(heads, site.order[:kept]).sum()) for kept in values])
+
+
+def _amounts(onehot: Floats, axes: list[Floats], gone: Floats) -> Floats:
+    """Elements [n] of a tensor; none where its layer is gone."""
+    amount = np.ones(len(onehot))
+    for lengths in axes:
+        amount *= onehot @ lengths
+    return np.where(onehot @ gone > 0, 0.0, amount)
 
 
 def _parameters_of(gm: fx.GraphModule, node: fx.Node) -> list[tuple[str, Tensor]]:

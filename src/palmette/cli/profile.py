@@ -1,0 +1,97 @@
+"""`palmette profile`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from palmette.cli import options as opt
+from palmette.cli import tables
+
+if TYPE_CHECKING:
+    from palmette.supernet.latency import LatencyTable
+
+_RUNTIME = f"Where it is timed: {opt.RUNTIME_NAMES}."
+_COUNT = "Sub-networks to time, 12 or more; every fourth is kept to tell the error of the table."
+_SECONDS = "Stop after so many seconds, once 12 networks are timed."
+_WIDTH = "Shares of channels on offer; may be repeated. If not given 0.5, 0.75 and 1."
+_DEPTH = "Blocks that may be left out at the end of each chain of equal ones."
+_KERNEL = "Edges to which larger kernels may be cropped; may be repeated. If not given 3, 5 and 7."
+
+
+def profile(
+    model: opt.ModelSpec,
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FILE", help="The table, JSON; written after every four networks.")
+    ] = Path("latency.json"),
+    weights: opt.Weights = None,
+    data: opt.OptionalData = None,
+    image_size: opt.ImageSize = None,
+    classes: opt.Classes = None,
+    runtime: Annotated[str, typer.Option(metavar="RUNTIME", help=_RUNTIME)] = "onnxruntime",
+    threads: Annotated[int, typer.Option(min=1, help="Threads that the runtime may use.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Samples in a pass.")] = 1,
+    count: Annotated[int, typer.Option(help=_COUNT)] = 48,
+    seconds: Annotated[float | None, typer.Option("--seconds", metavar="S", help=_SECONDS)] = None,
+    width: Annotated[list[float] | None, typer.Option(metavar="SHARE", help=_WIDTH)] = None,
+    depth: Annotated[int, typer.Option(min=0, help=_DEPTH)] = 2,
+    kernel: Annotated[list[int] | None, typer.Option(metavar="EDGE", help=_KERNEL)] = None,
+    protect: opt.Protect = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the table in the file.")] = False,
+    seed: opt.Seed = 0,
+    trust: opt.Trust = False,
+) -> None:
+    """Make a latency table of a supernet on this machine: milliseconds of each choice, that add up to any network's.
+
+    Whole sub-networks are timed in turn with the largest, and a table that adds up is fitted to three quarters of them;
+    on the last quarter its error is measured and printed. A search under a bound on latency reads the table. Run it on
+    the machine that matters, with nothing else running there; a phone or a board needs its own runtime here.
+
+    Example: palmette profile -m torchvision:mobilenet_v3_small --image-size 96 --runtime onnxruntime --out table.json
+    """
+    from palmette.errors import RunError
+    from palmette.supernet.latency import measure_latencies
+    from palmette.supernet.supernet import Supernet
+
+    if out.exists() and not resume:
+        raise RunError("The file exists", where=str(out), fix="Add --resume to go on with it, or name another --out")
+    network, example = opt.load_model(model, weights, data, image_size, classes, trust)
+    net = Supernet.from_model(
+        network,
+        example,
+        width=width or (0.5, 0.75, 1.0),
+        depth=depth,
+        kernel=kernel or (3, 5, 7),
+        protect=protect or (),
+    )
+    tables.say(f"{len(net.space)} choices, {float(net.space.size()):.3g} networks; timing {count} of them")
+    table = measure_latencies(
+        net,
+        runtime=runtime,
+        threads=threads,
+        batch=batch,
+        count=count,
+        budget_seconds=seconds,
+        seed=seed,
+        path=out,
+        say=tables.say,
+    )
+    show(table)
+    tables.say(f"Table: {out}")
+
+
+def show(table: LatencyTable) -> None:
+    """Print the milliseconds that each value of each choice saves against its largest, and the error."""
+    rows = []
+    for name, times in table.entries.items():
+        most = times[max(times)]
+        rows.append((name, ", ".join(f"{value}: {ms - most:+.3g}" for value, ms in times.items())))
+    tables.console.print(tables.plain("Milliseconds against the largest value", ("choice", "value: ms"), rows))
+    device, largest = table.device, max(row.median_ms for row in table.rows)
+    tables.say(
+        f"The slowest of {len(table.rows)} networks takes {largest:.4g} ms ({device.runtime}, batch {device.batch}, "
+        f"{device.threads} thread{'s' if device.threads > 1 else ''}, {device.hardware})"
+    )
+    tables.say(f"Error of the table: {table.error}")
