@@ -82,7 +82,8 @@ def decide(channels: Channels, removed: Tensor, folded: Iterable[str] = ()) -> d
 
 def _sizes(channels: Channels, node: fx.Node, removed: Tensor) -> dict[str, Any] | None:
     """The node's list of sizes, or of paddings, for the channels that stay; None if all do."""
-    sizes: list[Any] = list(node.args[1])  # type: ignore[arg-type]
+    written: Any = node.args[1]
+    sizes: list[Any] = [size if isinstance(size, int) else None for size in written]  # None: as it stands
     place, keep = channels.sized[node], ~removed[channels.of(node)]
     if bool(keep.all()):
         return None

@@ -85,19 +85,30 @@ class Codes:
                 vector -= self.of(name, [float((ranks >= kept).sum()) for kept in values])
         return vector
 
-    def gone(self) -> dict[fx.Node, Floats]:
-        """For each node of a block that may be left out, the vector that is 1 where it is."""
-        found = {
+    def gone(self) -> tuple[dict[fx.Node, Floats], dict[fx.Node, Floats]]:
+        """For each node that may be left out the vector that is 1 where it is: those of blocks, and those read by them.
+
+        The first are the nodes of blocks that may go; the second those whose results nothing else reads. The input of a
+        block is none of these: it takes the place of the block's output.
+        """
+        stages = [(name, stage, values) for name, (stage, values) in self.sites.stages.items()]
+        inside = {
             node: self.of(name, [float(kept * stage.period <= index) for kept in values])
-            for name, (stage, values) in self.sites.stages.items()
+            for name, stage, values in stages
             for index, block in enumerate(stage.blocks)
             for node in block.region
         }
-        constant: set[fx.Node] = set()
-        for node in self.sites.gm.graph.nodes:
-            if node.op == "get_attr" or (node.all_input_nodes and constant.issuperset(node.all_input_nodes)):
-                constant.add(node)
-        for node in reversed(self.sites.gm.graph.nodes):  # what is made of weights alone goes with all that read it
-            if node in constant and node.users and found.keys() >= node.users.keys():
-                found[node] = np.minimum.reduce([found[user] for user in node.users])
-        return found
+        sources = {block.source for _, stage, _ in stages for block in stage.blocks}
+        beside: dict[fx.Node, Floats] = {}
+        ends: set[fx.Node] = set()  # such as an operation that writes into what others read
+        for node in reversed(self.sites.gm.graph.nodes):
+            if node in inside or node in sources or node.op in ("placeholder", "output"):
+                continue
+            if ends.issuperset(node.users):
+                ends.add(node)
+                continue
+            reads = [inside.get(user, beside.get(user)) for user in node.users if user not in ends]
+            known = [vector for vector in reads if vector is not None]
+            if len(known) == len(reads):
+                beside[node] = np.minimum.reduce(known)
+        return inside, beside

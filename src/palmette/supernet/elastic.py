@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from palmette.graph.blocks import Block
 from palmette.graph.ops import BATCH_NORMS, get_tensor
 from palmette.graph.resize import narrow, resized_args
+from palmette.graph.spans import Run
 
 Statistics = Mapping[str, tuple[Tensor, Tensor]]
 """Running mean and variance of each batch norm of a sub-network, by its path."""
@@ -23,15 +23,15 @@ Statistics = Mapping[str, tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Cut:
-    """What a configuration leaves of a captured network: a decision of `resize`, and blocks that are skipped."""
+    """What a configuration leaves of a captured network: a decision of `resize`, and runs of blocks to be skipped."""
 
     decision: dict[str, Any]
-    dropped: tuple[Block, ...] = ()
+    dropped: tuple[Run, ...] = ()
 
     @property
     def skipped(self) -> set[fx.Node]:
         """The nodes that do not run."""
-        return {node for block in self.dropped for node in block.region}
+        return {node for run in self.dropped for block in run for node in block.region}
 
 
 class Runner:
@@ -48,7 +48,7 @@ class Runner:
         self.states = {entry["state"]: entry for entry in cut.decision["states"]}
         sizes = {entry["path"]: entry for entry in cut.decision["sizes"]}
         skipped = cut.skipped
-        became = {block.output: block.source for block in cut.dropped}
+        became = {block.output: block.source for run in cut.dropped for block in run}
 
         def standing(node: fx.Node) -> fx.Node:
             while node in became:

@@ -116,13 +116,13 @@ class MemoryModel:
             overwritten = self._overwrites(self._nodes[s], step, {k: size[k] for k in step.used if death.get(k) == s})
             if overwritten is not None:
                 self._alive[s, order.index(overwritten)] = 0.0
-        self._sizes = np.stack([self._size(self._nodes[birth[k]], size[k]) for k in order], axis=1)
-        extra = [s.allocated - sum(v for k, v in s.returned.items() if k not in s.used) for s in steps]
-        self._scratch = np.stack(
-            [self._scratch_of(n, max(0, e)) for n, e in zip(self._nodes, extra, strict=True)], axis=1
-        )
-        gone = self.codes.gone()
-        self._gone = np.stack([gone.get(n, np.zeros(self.codes.width)) for n in self._nodes], axis=1)
+        inside, beside = self.codes.gone()
+        self._sizes = np.stack([self._size(self._nodes[birth[k]], size[k], beside) for k in order], axis=1)
+        fewest = self._fewest_heads()
+        extra = [self._scratch_of(n, _extra(s), fewest) for n, s in zip(self._nodes, steps, strict=True)]
+        self._scratch = np.stack(extra, axis=1)
+        gone, stays = {**inside, **beside}, np.zeros(self.codes.width)
+        self._gone = np.stack([gone.get(n, stays) for n in self._nodes], axis=1)
 
     def _overwrites(self, node: fx.Node, step: Step, dying: Mapping[int, int]) -> int | None:
         """The operand whose place the node's result takes, where the profile lets it."""
@@ -134,7 +134,7 @@ class MemoryModel:
         fresh = [v for k, v in step.returned.items() if k not in step.used]
         return next((k for k, v in dying.items() if len(fresh) == 1 and v == fresh[0]), None)
 
-    def _size(self, node: fx.Node, amount: int) -> Floats:
+    def _size(self, node: fx.Node, amount: int, beside: Mapping[fx.Node, Floats]) -> Floats:
         """Bytes by code of a storage that a node makes."""
         sites, scale = self.net.sites, self._item / node.meta["dtype"].itemsize if _is_float(node) else 1.0
         for name, (head, values) in sites.heads.items():
@@ -143,18 +143,33 @@ class MemoryModel:
         if node in sites.channels.variables:
             classes = sites.channels.of(node)
             return self.codes.kept(classes) * (amount * scale / len(classes))
-        return self.codes.constant(amount * scale)
+        absent = beside.get(node)  # such as a mask, which may be made long before the block that reads it
+        whole = self.codes.constant(amount * scale)
+        return whole if absent is None else whole - amount * scale * absent
 
-    def _scratch_of(self, node: fx.Node, amount: int) -> Floats:
-        """Bytes by code that a node's kernel allocates for itself: attention does so for each head."""
+    def _fewest_heads(self) -> dict[str, int]:
+        """What each attention allocates for itself with its fewest heads, by path: a part does not follow them."""
+        sites = self.net.sites.heads
+        if not sites:
+            return {}
+        small = self.net.extract({**self.net.max(), **{name: values[0] for name, (_, values) in sites.items()}})
+        own = zip(small.graph.nodes, follow(small, 1), strict=True)
+        paths = {head.name for head, _ in sites.values()}
+        return {str(n.meta["path"]): _extra(step) for n, step in own if n.meta.get("path") in paths}
+
+    def _scratch_of(self, node: fx.Node, amount: int, fewest: Mapping[str, int]) -> Floats:
+        """Bytes by code that a node's kernel allocates for itself; attention does so in a straight line over heads."""
+        scale = self._item / 4
         for name, (head, values) in self.net.sites.heads.items():
             if node is head.node:
-                return self.codes.of(name, [amount * self._item / 4 * kept / head.count for kept in values])
+                low, span = fewest[head.name], max(1, head.count - values[0])
+                line = [low + (amount - low) * (kept - values[0]) / span for kept in values]
+                return self.codes.of(name, [scale * size for size in line])
         channels = self.net.sites.channels
         if node in channels.variables:
             classes = channels.of(node)
-            return self.codes.kept(classes) * (amount * self._item / 4 / len(classes))
-        return self.codes.constant(amount * self._item / 4)
+            return self.codes.kept(classes) * (amount * scale / len(classes))
+        return self.codes.constant(amount * scale)
 
     def steps(self) -> Iterator[tuple[Floats, Floats]]:
         """For each step two vectors [width]: times a code, the bytes alive, and 1 if the step does not run."""
@@ -166,6 +181,11 @@ class MemoryModel:
         onehot = self.codes.onehot(codes)
         live = (onehot @ self._sizes) @ self._alive.T + onehot @ self._scratch
         return np.where(onehot @ self._gone > 0, -1.0, live)
+
+
+def _extra(step: Step) -> int:
+    """Bytes that a step allocates beside what it returns."""
+    return max(0, step.allocated - sum(size for storage, size in step.returned.items() if storage not in step.used))
 
 
 def _is_float(node: fx.Node) -> bool:

@@ -253,10 +253,8 @@ class Sites:
             if config[name] < head.count:
                 _cut_heads(head, config[name], layers, decision)
         decision["layers"] = list(layers.values())
-        dropped = [
-            block for name, (stage, _) in self.stages.items() for block in stage.blocks[config[name] * stage.period :]
-        ]
-        return Cut(decision, tuple(dropped))
+        tails = [stage.blocks[config[name] * stage.period :] for name, (stage, _) in self.stages.items()]
+        return Cut(decision, tuple(tail for tail in tails if tail))
 
 
 def _cut_heads(site: HeadSite, count: int, layers: dict[str, Any], decision: dict[str, Any]) -> None:

@@ -184,11 +184,11 @@ def _verified(memory: MemoryModel, found: Found, model: fx.GraphModule) -> dict[
     plain = MemoryModel(memory.net, DeviceProfile())
     code = plain.codes.encode([found.config])
     said = int(plain.peak_bytes(code)[0]), int(plain.param_bytes(code)[0])
-    if said != (activations, parameters):
+    if activations > said[0] or parameters > said[1]:
         raise VerifyError(
             f"The network needs {activations:,} and {parameters:,} bytes, computed were {said[0]:,} and {said[1]:,}",
             where="activations and parameters in float32",
-            fix="Report this model: a closed form does not hold for it.",
+            fix="Report this model: a bound does not hold for it.",
         )
     if not memory.fits(memory.codes.encode([found.config]))[0]:
         raise VerifyError("The network breaks a bound of the device", where=memory.profile.name)

@@ -22,6 +22,7 @@ from palmette.graph.inputs import call, inputs_of, to_device
 from palmette.graph.ops import BATCH_NORMS, module_of
 from palmette.graph.plan import Plan, drop
 from palmette.graph.resize import resize
+from palmette.graph.spans import name_of
 from palmette.supernet.elastic import Cut, Runner
 from palmette.supernet.sites import Sites
 from palmette.supernet.space import Config, Space, key_of
@@ -127,7 +128,7 @@ class Supernet(nn.Module):
         gm = copy.deepcopy(self.network)
         example = example_of(gm)
         if cut.dropped:
-            gm = Plan([drop(block.path) for block in cut.dropped]).apply(gm, example)
+            gm = Plan([drop(name_of(run)) for run in cut.dropped]).apply(gm, example)
         resize(gm, _present(gm, cut.decision))
         for path, (mean, variance) in self._statistics.get(key_of(config), {}).items():
             norm: Any = _module_at(gm, path)

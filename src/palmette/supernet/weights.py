@@ -24,7 +24,8 @@ class Weights:
             for path, side, heads in (*site.layers, *((state, "rows", heads) for state, heads in site.states))
         }
         self._kernels = {path: (name, sizes) for name, (path, sizes) in net.sites.kernels.items()}
-        gone = tables.gone()
+        inside, beside = tables.gone()
+        gone = {**inside, **beside}
         seen: set[int] = set()
         self.parts: list[tuple[list[Floats], Floats]] = []
         self.uses: list[tuple[list[Floats], Floats, float]] = []
