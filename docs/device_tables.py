@@ -34,9 +34,10 @@ blocked copies of weights and activations, which nothing outside the kernel can 
 """
 
 LATENCY = """
-Tables of `palmette profile`: whole sub-networks timed in turn with the largest, a table that adds up fitted to three
-quarters of them. Error: mean absolute, in percent of the time, on the quarter that was not fitted, with the 95 %
-interval of a bootstrap over networks. Range: the fastest and slowest median. By
+Tables of `palmette profile`: whole sub-networks timed in turn with the largest; milliseconds of each choice and rates
+per multiply-add and per byte of weights fitted to three quarters of them. Error: mean absolute, in percent of the time,
+on the quarter that was not fitted, with the 95 % interval of a bootstrap over networks. Range: the fastest and slowest
+median. The machine was shared with other work, which the rounds in turn take out only in part. By
 `benchmarks/supernet/latency_tables.py`.
 """
 
