@@ -127,8 +127,8 @@ class LatencyTable:
             )
         entries = {name: {int(v): float(ms) for v, ms in times.items()} for name, times in raw["entries"].items()}
         rows = tuple(Row(**row) for row in raw["rows"])
-        base, *rates = (float(raw[name]) for name in ("base_ms", "ms_per_mac", "ms_per_byte"))
-        return LatencyTable(Device(**raw["device"]), base, entries, *rates, rows, Error(**raw["error"]))
+        base, mac, byte = (float(raw[name]) for name in ("base_ms", "ms_per_mac", "ms_per_byte"))
+        return LatencyTable(Device(**raw["device"]), base, entries, mac, byte, rows, Error(**raw["error"]))
 
 
 def measure_latencies(
