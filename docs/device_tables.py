@@ -22,15 +22,15 @@ torch's allocator. The largest distance between computed and alive is {alive:.2f
 """
 
 NOTE = """
-Where the figures would differ, and why. Hardswish and hardsigmoid are no core operators: without a delegate ExecuTorch
-takes them apart (copy, add, two clamps, multiply, divide, copy), which needs three tensors where their own kernel needs
-two; `DeviceProfile(operators="core")` counts so, and without it the peak is up to {own:.0f} % too low. ExecuTorch would
-also transpose the weight of a linear layer at every run, into the arena: the export keeps `linear`, for which it has a
-kernel. Its planner adds up buckets, and a tensor lies in one of them, behind whatever lives there at the same time: none
-crosses two buckets or fills a gap in front. The lowest free offset in one arena closes the gaps. Sizes are rounded up to 16 bytes, which changes nothing at these
-shapes. Batch norms are not folded at export; on both sides they are a step that reads one tensor and writes another,
-and the rows with folded norms agree as well. PyTorch's allocator adds what kernels take for themselves, which no operator
-reports.
+Where the figures would differ, and why. Hardswish and hardsigmoid are no core operators: without a delegate
+ExecuTorch takes them apart (copy, add, two clamps, multiply, divide, copy), which needs three tensors where their own
+kernel needs two; `DeviceProfile(operators="core")` counts so, and without it the peak is up to {own:.0f} % too low.
+ExecuTorch would also transpose the weight of a linear layer at every run, into the arena: the export keeps `linear`,
+for which it has a kernel. Its planner adds up buckets, and a tensor lies in one of them, behind whatever lives there
+at the same time: none crosses two buckets or fills a gap in front. The lowest free offset in one arena closes the
+gaps. Sizes are rounded up to 16 bytes, which changes nothing at these shapes. Batch norms are not folded at export;
+on both sides they are a step that reads one tensor and writes another, and the rows with folded norms agree as well.
+PyTorch's allocator adds what kernels take for themselves, which no operator reports.
 """
 
 LATENCY = """

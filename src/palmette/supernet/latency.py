@@ -107,7 +107,8 @@ class LatencyTable:
         """Milliseconds [n] of codes [n, choices]. Raises InputError as `vector`."""
         found: Floats = memory.codes.mattering(codes) @ self.vector(memory.codes)
         rates = np.array([self.ms_per_mac, self.ms_per_byte])
-        return found + work_of(memory, codes) @ rates
+        found += work_of(memory, codes) @ rates
+        return found
 
     def save(self, path: str | Path) -> None:
         """Write the table as JSON. Raises RunError when it cannot be written."""
