@@ -22,21 +22,22 @@ torch's allocator. The largest distance between computed and alive is {alive:.2f
 """
 
 NOTE = """
-Where the figures would differ, and why. Hardswish and hardsigmoid are no core operators: without a delegate ExecuTorch
-takes them apart (copy, add, two clamps, multiply, divide, copy), which needs three tensors where their own kernel needs
-two; `DeviceProfile(operators="core")` counts so, and without it the peak is up to {own:.0f} % too low. ExecuTorch would
-also transpose the weight of a linear layer at every run, into the arena: the export keeps `linear`, for which it has a
-kernel. Its planner opens a bucket for each tensor that finds none free and never divides one between neighbours; a
-tensor at the lowest free offset closes the gaps. Sizes are rounded up to 16 bytes, which changes nothing at these
-shapes. Batch norms are not folded at export; on both sides they are a step that reads one tensor and writes another,
-and the rows with folded norms agree as well. PyTorch's allocator adds what a convolution's kernel takes for itself, and
-blocked copies of weights and activations, which nothing outside the kernel can know.
+Where the figures would differ, and why. Hardswish and hardsigmoid are no core operators: without a delegate
+ExecuTorch takes them apart (copy, add, two clamps, multiply, divide, copy), which needs three tensors where their own
+kernel needs two; `DeviceProfile(operators="core")` counts so, and without it the peak is up to {own:.0f} % too low.
+ExecuTorch would also transpose the weight of a linear layer at every run, into the arena: the export keeps `linear`,
+for which it has a kernel. Its planner adds up buckets, and a tensor lies in one of them, behind whatever lives there
+at the same time: none crosses two buckets or fills a gap in front. The lowest free offset in one arena closes the
+gaps. Sizes are rounded up to 16 bytes, which changes nothing at these shapes. Batch norms are not folded at export;
+on both sides they are a step that reads one tensor and writes another, and the rows with folded norms agree as well.
+PyTorch's allocator adds what kernels take for themselves, which no operator reports.
 """
 
 LATENCY = """
-Tables of `palmette profile`: whole sub-networks timed in turn with the largest, a table that adds up fitted to three
-quarters of them. Error: mean absolute, in percent of the time, on the quarter that was not fitted, with the 95 %
-interval of a bootstrap over networks. Range: the fastest and slowest median. By
+Tables of `palmette profile`: whole sub-networks timed in turn with the largest; milliseconds of each choice and rates
+per multiply-add and per byte of weights fitted to three quarters of them. Error: mean absolute, in percent of the time,
+on the quarter that was not fitted, with the 95 % interval of a bootstrap over networks. Range: the fastest and slowest
+median. The machine was shared with other work, which the rounds in turn take out only in part. By
 `benchmarks/supernet/latency_tables.py`.
 """
 

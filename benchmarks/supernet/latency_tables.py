@@ -3,7 +3,7 @@
     python benchmarks/supernet/latency_tables.py                    # some minutes for each network and runtime
     python benchmarks/supernet/latency_tables.py --folder DIR       # keep the tables there, and go on with them
 
-What `palmette profile` does, for three supernets. Written after every table to
+What `palmette profile` does, for two supernets. Written after every table to
 benchmarks/results/supernet_latency.json.
 """
 

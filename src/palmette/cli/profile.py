@@ -43,11 +43,12 @@ def profile(
     seed: opt.Seed = 0,
     trust: opt.Trust = False,
 ) -> None:
-    """Make a latency table of a supernet on this machine: milliseconds of each choice, that add up to any network's.
+    """Make a latency table of a supernet on this machine, from which the time of any of its networks follows.
 
-    Whole sub-networks are timed in turn with the largest, and a table that adds up is fitted to three quarters of them;
-    on the last quarter its error is measured and printed. A search under a bound on latency reads the table. Run it on
-    the machine that matters, with nothing else running there; a phone or a board needs its own runtime here.
+    Whole sub-networks are timed in turn with the largest. Milliseconds of each choice, and rates for multiply-adds and
+    bytes of weights, are fitted to three quarters of them; on the last quarter the error is measured and printed. A
+    search under a bound on latency reads the table. Run it on the machine that matters, with nothing else running
+    there; for a phone or a board it says nothing.
 
     Example: palmette profile -m torchvision:mobilenet_v3_small --image-size 96 --runtime onnxruntime --out table.json
     """
@@ -88,10 +89,17 @@ def show(table: LatencyTable) -> None:
     for name, times in table.entries.items():
         most = times[max(times)]
         rows.append((name, ", ".join(f"{value}: {ms - most:+.3g}" for value, ms in times.items())))
-    tables.console.print(tables.plain("Milliseconds against the largest value", ("choice", "value: ms"), rows))
+    tables.console.print(
+        tables.plain(
+            "Milliseconds against the largest value, beside those of MACs and weights", ("choice", "value: ms"), rows
+        )
+    )
     device, largest = table.device, max(row.median_ms for row in table.rows)
     tables.say(
         f"The slowest of {len(table.rows)} networks takes {largest:.4g} ms ({device.runtime}, batch {device.batch}, "
         f"{device.threads} thread{'s' if device.threads > 1 else ''}, {device.hardware})"
+    )
+    tables.say(
+        f"And {1e9 * table.ms_per_mac:.3g} ms for 1e9 MACs, {2**20 * table.ms_per_byte:.3g} ms for a MiB of weights"
     )
     tables.say(f"Error of the table: {table.error}")

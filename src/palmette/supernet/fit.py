@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from palmette.errors import InputError
-from palmette.supernet.codes import Floats
+from palmette.supernet.codes import Floats, Ints
 from palmette.supernet.memory import MemoryModel
 
 _DRAWN = 20
@@ -38,8 +38,13 @@ class Error:
         )
 
 
+def work_of(memory: MemoryModel, codes: Ints) -> Floats:
+    """Multiply-adds and bytes of weights of codes [n, choices], [n, 2]."""
+    return np.stack([memory.weights.macs(codes), memory.param_bytes(codes)], axis=1).astype(np.float64)
+
+
 def features(memory: MemoryModel, seed: int = 0) -> Floats:
-    """What each column of a code adds on average to multiply-adds, bytes alive over all steps, and steps [width, 3].
+    """What each column of a code adds on average to the bytes alive over all steps, and to the steps, [width, 2].
 
     Each column of the result is scaled to 1 for the average configuration.
     """
@@ -52,38 +57,52 @@ def features(memory: MemoryModel, seed: int = 0) -> Floats:
         runs = onehot @ gone == 0
         alive += np.where(runs, onehot @ live, 0.0)
         steps += runs
-    work = np.stack([memory.weights.macs(rows).astype(float), alive, steps], axis=1)
-    found: Floats = np.linalg.lstsq(codes.mattering(rows), work / work.mean(0), rcond=None)[0]
+    amounts = np.stack([alive, steps], axis=1)
+    found: Floats = np.linalg.lstsq(codes.mattering(rows), amounts / amounts.mean(0), rcond=None)[0]
     return found
 
 
-def fit_linear(onehot: Floats, times: Floats, features: Floats) -> Floats:
-    """The vector [width] whose products with codes [n, width] are times [n], by least squares of relative errors.
+def fit_times(onehot: Floats, work: Floats, times: Floats, features: Floats) -> tuple[Floats, Floats]:
+    """A vector [width] and rates [k], so that codes [n, width] and work [n, k] times these are times [n].
 
-    features [width, k]: directions that cost nothing, as does a constant; all others are held back by a ridge whose
-    strength is that of the smallest leave-one-out error.
+    Least squares of relative errors. Rates, a constant and the directions `features` [width, f] cost nothing; all
+    others are held back by a ridge whose strength is that of the smallest leave-one-out error. A rate below 0 is left
+    out.
     """
     start = np.zeros((onehot.shape[1], 1))
     start[0] = 1.0
     directions = np.concatenate([features, start], axis=1)
-    x = onehot / times[:, None]
-    free = x @ directions
+    scale = work.mean(0)
+    kept = list(range(work.shape[1]))
+    while True:
+        free = np.concatenate([onehot @ directions, work[:, kept] / scale[kept]], axis=1) / times[:, None]
+        ridge, amounts = _ridge(onehot / times[:, None], free)
+        rates = amounts[directions.shape[1] :]
+        if not len(rates) or rates.min() >= 0:
+            break
+        del kept[int(rates.argmin())]
+    found = np.zeros(work.shape[1])
+    found[kept] = rates / scale[kept]
+    return ridge + directions @ amounts[: directions.shape[1]], found
+
+
+def _ridge(x: Floats, free: Floats) -> tuple[Floats, Floats]:
+    """Coefficients of x [n, width], held back, and of free [n, f], so that both products add up to 1."""
     inverse = np.linalg.pinv(free)
-    rest = np.eye(len(times)) - free @ inverse
+    target = np.ones(len(x))
+    rest = np.eye(len(x)) - free @ inverse
     kernel = rest @ x @ x.T @ rest
     values, vectors = np.linalg.eigh(kernel)
-    target = np.ones(len(times))
-    best, dual = np.inf, np.zeros(len(times))
+    best, dual = np.inf, np.zeros(len(x))
     for strength in np.append(np.geomspace(1e-6, 1e2, 33) * max(float(values[-1]), 1e-30), np.inf):
-        shrunk = vectors * (1 / (values + strength))
+        shrunk = vectors / (values + strength)
         smoother = free @ inverse + rest @ kernel @ shrunk @ vectors.T @ rest
         leverage = np.clip(np.diag(smoother), None, 1 - 1e-6)
         error = float(np.mean(((target - smoother @ target) / (1 - leverage)) ** 2))
         if error < best:
             best, dual = error, rest @ (shrunk @ (vectors.T @ (rest @ target)))
-    own = x.T @ dual
-    found: Floats = own + directions @ (inverse @ (target - x @ own))
-    return found
+    ridge = x.T @ dual
+    return ridge, inverse @ (target - x @ ridge)
 
 
 def held_out_error(times: Floats, predicted: Floats, seed: int = 0) -> Error:

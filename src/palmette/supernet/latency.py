@@ -1,13 +1,14 @@
 """A latency table of a supernet on a device: measured networks, and times of choices that add up to any other's.
 
 Whole sub-networks are timed, each against the largest one in the same rounds, so that a machine that slows down slows
-both. A table that is linear in the code of a configuration is fitted to part of them and tried on the others. There are
-more choices than measurements: what the measurements leave open, the multiply-adds, the bytes that are touched and the
-number of operations of a choice say.
+both. A table is fitted to part of them and tried on the others: milliseconds of every choice, that add up, and rates
+per multiply-add and per byte of weights, which are products of choices (a layer's input and output). There are more
+choices than measurements: what these leave open, the bytes that a choice touches and its number of operations say.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -16,15 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from palmette.errors import InputError, RunError
 from palmette.files import read_json, write_json
 from palmette.graph.capture import example_of
-from palmette.meter.latency import hardware, measure_latency
-from palmette.meter.runtimes import check_runtime
+from palmette.graph.inputs import with_batch
+from palmette.meter.compute import evaluating
+from palmette.meter.latency import hardware
+from palmette.meter.runtimes import check_runtime, runners
 from palmette.seeding import derive_seed
 from palmette.supernet.codes import Codes, Floats, Ints
-from palmette.supernet.fit import Error, features, fit_linear, held_out_error
+from palmette.supernet.fit import Error, features, fit_times, held_out_error, work_of
 from palmette.supernet.memory import MemoryModel
 from palmette.supernet.space import Choice, Config, key_of
 from palmette.supernet.supernet import Supernet
@@ -36,7 +40,8 @@ HELD_OUT = 4
 """Every so many-th drawn network is not fitted but predicted."""
 FEWEST = 12
 """Networks below which no table is fitted."""
-_SAMPLES, _ROUND_S = 30, 4.0
+_ROUNDS, _FEWEST_ROUNDS, _GROUP_S, _SAMPLE_MS = 100, 15, 3.0, 2.0
+"""Rounds, fewer where they last longer than seconds for a group; and how long a sample is at least."""
 
 
 @dataclass(frozen=True)
@@ -51,30 +56,37 @@ class Device:
 
 @dataclass(frozen=True)
 class Row:
-    """A measured network: medians of itself and of the largest in the same rounds, in milliseconds."""
+    """A measured network: medians of itself and of the largest in the same rounds, in milliseconds.
+
+    ratio: the median over the rounds of its time divided by the largest's in that round.
+    """
 
     config: Config
     median_ms: float
     reference_ms: float
+    ratio: float
     held_out: bool
 
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """Milliseconds that add up: the latency of a configuration is `base_ms` and one entry of each choice that matters.
+    """The latency of a configuration: `base_ms`, one entry of each choice that matters, and rates times work.
 
     entries: name of a choice -> value -> milliseconds, of which only differences within a choice mean something.
-    rows: what was measured. error: of predictions for networks that were not fitted.
+    ms_per_mac, ms_per_byte: of multiply-adds, and of bytes of weights. rows: what was measured. error: of predictions
+    for networks that were not fitted.
     """
 
     device: Device
     base_ms: float
     entries: dict[str, dict[int, float]]
+    ms_per_mac: float
+    ms_per_byte: float
     rows: tuple[Row, ...]
     error: Error
 
     def vector(self, codes: Codes) -> Floats:
-        """Milliseconds [codes.width]: times `codes.mattering`, the latency.
+        """Milliseconds [codes.width]: times `codes.mattering`, the part of the latency that adds up over choices.
 
         Raises InputError for a space that has choices or values which the table has not.
         """
@@ -91,9 +103,11 @@ class LatencyTable:
             found += codes.of(choice.name, [known[v] for v in choice.values])
         return found
 
-    def predict(self, codes: Codes, rows: Ints) -> Floats:
-        """Milliseconds [n] of codes [n, choices], linear in `codes.mattering(rows)`. Raises InputError as `vector`."""
-        found: Floats = codes.mattering(rows) @ self.vector(codes)
+    def predict(self, memory: MemoryModel, codes: Ints) -> Floats:
+        """Milliseconds [n] of codes [n, choices]. Raises InputError as `vector`."""
+        found: Floats = memory.codes.mattering(codes) @ self.vector(memory.codes)
+        rates = np.array([self.ms_per_mac, self.ms_per_byte])
+        found += work_of(memory, codes) @ rates
         return found
 
     def save(self, path: str | Path) -> None:
@@ -101,7 +115,8 @@ class LatencyTable:
         write_json(path, _journal(self.device, self.entries, self.rows) | self._fitted())
 
     def _fitted(self) -> dict[str, Any]:
-        return {"base_ms": self.base_ms, "entries": self.entries, "error": asdict(self.error)}
+        rates = {"ms_per_mac": self.ms_per_mac, "ms_per_byte": self.ms_per_byte}
+        return {"base_ms": self.base_ms, "entries": self.entries, **rates, "error": asdict(self.error)}
 
     @staticmethod
     def load(path: str | Path) -> LatencyTable:
@@ -113,7 +128,8 @@ class LatencyTable:
             )
         entries = {name: {int(v): float(ms) for v, ms in times.items()} for name, times in raw["entries"].items()}
         rows = tuple(Row(**row) for row in raw["rows"])
-        return LatencyTable(Device(**raw["device"]), float(raw["base_ms"]), entries, rows, Error(**raw["error"]))
+        base, mac, byte = (float(raw[name]) for name in ("base_ms", "ms_per_mac", "ms_per_byte"))
+        return LatencyTable(Device(**raw["device"]), base, entries, mac, byte, rows, Error(**raw["error"]))
 
 
 def measure_latencies(
@@ -192,33 +208,74 @@ def fit_table(net: Supernet, device: Device, rows: Iterable[Row]) -> LatencyTabl
     memory = MemoryModel(net)
     codes = memory.codes
     reference = statistics.median(row.reference_ms for row in rows)
-    times = np.array([reference * row.median_ms / row.reference_ms for row in rows])
+    times = np.array([reference * row.ratio for row in rows])
     held = np.array([row.held_out for row in rows])
-    onehot = codes.mattering(codes.encode(row.config for row in rows))
-    vector = fit_linear(onehot[~held], times[~held], features(memory))
-    error = held_out_error(times[held], onehot[held] @ vector)
+    encoded = codes.encode(row.config for row in rows)
+    onehot, work = codes.mattering(encoded), work_of(memory, encoded)
+    vector, rates = fit_times(onehot[~held], work[~held], times[~held], features(memory))
+    error = held_out_error(times[held], onehot[held] @ vector + work[held] @ rates)
     entries = {
         c.name: {v: float(vector[codes.first[c.name] + i]) for i, v in enumerate(c.values)} for c in codes.choices
     }
-    return LatencyTable(device, float(vector[0]), entries, rows, error)
+    return LatencyTable(device, float(vector[0]), entries, float(rates[0]), float(rates[1]), rows, error)
 
 
 def _timed(net: Supernet, group: list[tuple[int, Config]], device: Device) -> list[Row]:
     """The networks of a group (number, configuration), timed in turn with the largest."""
     networks: dict[str, Any] = {"largest": net.extract(net.max())}
     networks |= {str(i): net.extract(config) for i, config in group}
-    timed = measure_latency(
-        networks,
-        example_of(net.network),
-        runtime=device.runtime,
-        batch=device.batch,
-        threads=device.threads,
-        runs=_SAMPLES,
-        budget_s=_ROUND_S,
-        fast=True,
-    )
-    reference = timed["largest"].median_ms
-    return [Row(c, timed[str(i)].median_ms, reference, i > 1 and i % HELD_OUT == 0) for i, c in group]
+    inputs = with_batch(example_of(net.network), device.batch)
+    sync = torch.cuda.synchronize if next(net.parameters()).is_cuda else None
+    before = torch.get_num_threads()
+    torch.set_num_threads(device.threads)
+    try:
+        with evaluating(*networks.values()):
+            passes = runners(networks, inputs, device.runtime, device.threads, fast=True)
+            with torch.inference_mode():
+                samples = _rounds(passes, sync)
+    finally:
+        torch.set_num_threads(before)
+    times = {name: np.array(taken) for name, taken in samples.items()}
+    largest = times["largest"]
+    middle = {name: (float(np.median(t)), float(np.median(t / largest))) for name, t in times.items()}
+    reference = middle["largest"][0]
+    return [Row(c, middle[str(i)][0], reference, middle[str(i)][1], _is_held_out(i)) for i, c in group]
+
+
+def _rounds(passes: dict[str, Callable[[], Any]], sync: Callable[[], None] | None) -> dict[str, list[float]]:
+    """Milliseconds of a pass, in turn and in alternating order.
+
+    Before each sample a pass runs untimed: whoever came before has taken the caches, and by how much that slows a
+    network down depends on its neighbours.
+    """
+
+    def sample(run: Callable[[], Any], repeats: int) -> float:
+        run()
+        if sync is not None:
+            sync()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            run()
+        if sync is not None:
+            sync()
+        return (time.perf_counter() - start) * 1e3 / repeats
+
+    fastest = {name: min(sample(run, 1) for _ in range(5)) for name, run in passes.items()}
+    repeats = {name: max(1, math.ceil(_SAMPLE_MS / max(ms, 1e-3))) for name, ms in fastest.items()}
+    taken: dict[str, list[float]] = {name: [] for name in passes}
+    order, start = list(passes), time.monotonic()
+    for done in range(_ROUNDS):
+        if done >= _FEWEST_ROUNDS and time.monotonic() - start > _GROUP_S:
+            break
+        for name in order:
+            taken[name].append(sample(passes[name], repeats[name]))
+        order.reverse()
+    return taken
+
+
+def _is_held_out(number: int) -> bool:
+    """Every fourth, at another place of each group; never the largest or the smallest."""
+    return number > 1 and (number + number // GROUP) % HELD_OUT == 0
 
 
 # ---- the file --------------------------------------------------------------------------------------------------------

@@ -38,13 +38,13 @@ class Optimizer:
     """Solves for the best configuration under the bounds of a memory model's profile.
 
     latency: what `measure_latencies` found on the device; needed where the profile bounds the latency, which is then
-    one more linear constraint. Raises MissingDependency without scipy, InputError for a bound on latency without a
+    one more constraint. Raises MissingDependency without scipy, InputError for a bound on latency without a
     table, or a table of another space.
     """
 
     def __init__(self, memory: MemoryModel, latency: LatencyTable | None = None) -> None:
         self.memory, self.codes = memory, memory.codes
-        self._latency = None
+        self._latency: dict[Product, float] | None = None
         if memory.profile.latency_ms is not None:
             if latency is None:
                 raise InputError(
@@ -53,7 +53,10 @@ class Optimizer:
                     why="times cannot be computed, only measured",
                     fix="Measure one with measure_latencies(net) or `palmette profile`, and pass it as latency.",
                 )
-            self._latency = latency.vector(self.codes)
+            self._latency = self._objective(latency.vector(self.codes))
+            for rate, parts in ((latency.ms_per_mac, "mac_terms"), (latency.ms_per_byte, "terms")):
+                for product, amount in getattr(memory.weights, parts)().items() if rate else ():
+                    _add(self._latency, product, rate * amount)
         self._scipy: Any = compat.optional("scipy.optimize", package="palmette[search]")
         self._sparse: Any = compat.optional("scipy.sparse", package="palmette[search]")
 
@@ -70,7 +73,7 @@ class Optimizer:
         self._bound_ram(program)
         self._bound_flash(program)
         if self._latency is not None:
-            program.at_most(self._objective(self._latency), float(self.memory.profile.latency_ms or 0.0))
+            program.at_most(self._latency, float(self.memory.profile.latency_ms or 0.0))
         for code in () if excluded is None else excluded:
             columns = self._said(code)
             program.at_most({(column,): 1.0 for column in columns}, len(columns) - 1)

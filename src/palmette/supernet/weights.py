@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
@@ -55,10 +57,17 @@ class Weights:
         return np.rint(sum(parts, np.zeros(len(codes)))).astype(np.int64)
 
     def terms(self) -> dict[tuple[int, ...], float]:
-        """The same as a sum of products of columns of a one-hot code; () is the number one."""
+        """The bytes as a sum of products of columns of a one-hot code; () is the number one."""
+        return self._terms((axes, gone, float(self.item)) for axes, gone in self.parts)
+
+    def mac_terms(self) -> dict[tuple[int, ...], float]:
+        """The multiply-adds as such a sum."""
+        return self._terms(self.uses)
+
+    def _terms(self, parts: Iterable[tuple[list[Floats], Floats, float]]) -> dict[tuple[int, ...], float]:
         total: dict[tuple[int, ...], float] = {}
-        for axes, gone in self.parts:
-            product: dict[tuple[int, ...], float] = {(): float(self.item)}
+        for axes, gone, factor in parts:
+            product: dict[tuple[int, ...], float] = {(): factor}
             for lengths in (*axes, self.codes.constant(1.0) - gone):
                 product = _times(product, lengths)
             for columns, amount in product.items():
