@@ -211,7 +211,7 @@ equal memory buys.
 
 SEARCHED = """
 At each budget {samples} networks were drawn and measured on the 2,000 validation images, a ridge regression proposed
-more, and the best that was measured is the answer ({counts} measured in all; random search had as many). Uniform: one
+more, three times over, the uniform networks joined before the last, and the best measured is the answer ({counts} measured in all; random search had as many). Uniform: one
 share for all inner widths, all blocks and kernels, from the same supernet. OFA's MACs: MOOFA's best measured network
 with at most as many multiply-adds as OFA's answer, against that answer. Top-1 on {n:,} test images that chose
 nothing, as the supernet has it and after one more epoch alone on the same training images; MOOFA minus OFA, in points,
