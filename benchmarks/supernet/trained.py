@@ -292,22 +292,21 @@ def compare_alone(rows: setups.Rows, spaces: dict[str, Search], answers: dict[st
 def main() -> None:
     """Train, search and compare what is not yet there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--metrics", nargs="+", default=["device", "plain"], choices=list(PROFILES))
-    parser.add_argument("--tune", nargs="+", default=["device"], choices=list(PROFILES), help="fine-tune the answers")
+    parser.add_argument("--tune", nargs="*", default=["device"], choices=list(PROFILES), help="fine-tune the answers")
     parser.add_argument("--alone", type=int, default=2, help="budgets whose uniform networks are trained by themselves")
     given = parser.parse_args()
     torch.set_num_threads(1)
     rows = setups.Rows("trained", ABOUT, wing="supernet")
     spaces = {name: Search(name, rows, cifar.Recipe()) for name in SPACES}
-    for metric in given.metrics:
-        answers = {name: search.answers(metric) for name, search in spaces.items()}
-        matched(spaces, metric, answers)
-        write_answers(spaces, metric, answers)
-        compare(rows, spaces, metric, answers, tune=False)
-        if metric in given.tune:
-            compare(rows, spaces, metric, answers, tune=True)
-        if metric == "device":
-            compare_alone(rows, spaces, answers, given.alone)
+    answers = {}
+    for metric in PROFILES:
+        found = answers[metric] = {name: search.answers(metric) for name, search in spaces.items()}
+        matched(spaces, metric, found)
+        write_answers(spaces, metric, found)
+        compare(rows, spaces, metric, found, tune=False)
+    for metric in given.tune:
+        compare(rows, spaces, metric, answers[metric], tune=True)
+    compare_alone(rows, spaces, answers["device"], given.alone)
 
 
 if __name__ == "__main__":
