@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ PROFILES = {
 BUDGETS = {"device": (48, 56, 64, 80, 96), "plain": (48, 72, 80, 112, 144)}
 """KiB of float32 activations; an int8 device has a quarter."""
 
-SAMPLES, ROUNDS, PROPOSALS = 12, 2, 2
+SAMPLES, ROUNDS, PROPOSALS = 12, 3, 2
 """At each budget: configurations drawn first, rounds, and optima that are measured in each round."""
 
 STATISTICS, FINAL_STATISTICS = 500, 2000
@@ -138,7 +139,10 @@ class Search:
         """By way of searching and by budget: the best that was measured."""
         first, device = self.drawn("device", SAMPLES, 0), metric == "device"
         known = self.known or first
-        for _ in range(ROUNDS if device else 1):
+        for number in range(ROUNDS if device else 1):
+            if number == ROUNDS - 1:  # the largest networks, which draws hardly come near
+                same = [self.uniform(metric, budget) for budget in BUDGETS[metric]]
+                known = known + [c for c in dict.fromkeys(same) if c is not None and c not in known]
             known = known + self.proposed(metric, known)
         more = [code for code in self.drawn("device", SAMPLES, 1) if code not in first]
         blind = first + spread(more, len(known) - len(first)) if device else []
@@ -191,6 +195,24 @@ class Search:
             found["tuned"] = self.rows.once(f"tuned {self.name} {text(code)}", tuned)
         return found
 
+    def alone(self, code: Code) -> dict[str, Any]:
+        """A uniform configuration trained from random weights without a supernet, for as many epochs as that had."""
+
+        def make() -> dict[str, Any]:
+            space, recipe = cifar.space(self.name), self.recipe
+            place = next(i for i, c in zip(code, self.choices, strict=True) if c.kind == "width")
+            blocks, depths = np.ones(space.stages * space.blocks, int), np.full(space.stages, space.depths[-1])
+            torch.manual_seed(recipe.seed)
+            small = space.build(cifar.KERNEL * blocks, space.expands[place] * blocks, depths)
+            small = small.to(memory_format=torch.channels_last)
+            config = replace(TUNING, epochs=recipe.alone + recipe.sandwich, lr=recipe.alone_lr)
+            file = cifar.RUNS / f"{self.name}-uniform-{text(code)}.safetensors"
+            heal(small, cifar.Batches(*self.train), config, seed=recipe.seed, checkpoint=file)
+            figures = {"macs": macs(small, EXAMPLE), "params": params(small)}
+            return {"top1": answered(cifar.right(small, *cifar.images("test"))), **figures}
+
+        return self.rows.once(f"alone {self.name} {text(code)}", make)
+
     def extracted(self, config: dict[str, int]) -> Any:
         """The plain network of a configuration with statistics of its own."""
         self.net.recalibrate(config, cifar.calibration(*self.train, FINAL_STATISTICS))
@@ -242,7 +264,7 @@ def write_answers(spaces: dict[str, Search], metric: str, answers: dict[str, Any
 
 def compare(rows: setups.Rows, spaces: dict[str, Search], metric: str, answers: dict[str, Any], *, tune: bool) -> None:
     """Test the answers, the tightest budgets first, and write the paired differences between the spaces."""
-    for way in ("searched", "matched", "uniform", "random"):
+    for way in ("searched", "matched", "uniform") if tune else ("searched", "matched", "uniform", "random"):
         for budget in BUDGETS[metric]:
             own = {
                 name: search.tested(answers[name][way][budget], tune=tune)
@@ -258,22 +280,33 @@ def compare(rows: setups.Rows, spaces: dict[str, Search], metric: str, answers: 
                 rows.once(key, lambda g=gaps: {"n": len(cifar.images("test")[1]), **g}, again=True)
 
 
+def compare_alone(rows: setups.Rows, spaces: dict[str, Search], answers: dict[str, Any], count: int) -> None:
+    """The uniform networks of the tightest budgets, trained without a supernet."""
+    for budget in BUDGETS["device"][:count]:
+        own = {name: search.alone(answers[name]["uniform"][budget]) for name, search in spaces.items()}
+        gap = paired_difference(bits(own["MOOFA"]), bits(own["OFA"]))
+        n = len(cifar.images("test")[1])
+        rows.once(f"difference device alone {budget}", lambda n=n, g=gap: {"n": n, "as it is": g}, again=True)
+
+
 def main() -> None:
     """Train, search and compare what is not yet there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--metrics", nargs="+", default=["device", "plain"], choices=list(PROFILES))
-    parser.add_argument("--tune", nargs="+", default=["device"], choices=list(PROFILES), help="fine-tune the answers")
+    parser.add_argument("--tune", nargs="*", default=["device"], choices=list(PROFILES), help="fine-tune the answers")
+    parser.add_argument("--alone", type=int, default=2, help="budgets whose uniform networks are trained by themselves")
     given = parser.parse_args()
     torch.set_num_threads(1)
     rows = setups.Rows("trained", ABOUT, wing="supernet")
     spaces = {name: Search(name, rows, cifar.Recipe()) for name in SPACES}
-    for metric in given.metrics:
-        answers = {name: search.answers(metric) for name, search in spaces.items()}
-        matched(spaces, metric, answers)
-        write_answers(spaces, metric, answers)
-        compare(rows, spaces, metric, answers, tune=False)
-        if metric in given.tune:
-            compare(rows, spaces, metric, answers, tune=True)
+    answers = {}
+    for metric in PROFILES:
+        found = answers[metric] = {name: search.answers(metric) for name, search in spaces.items()}
+        matched(spaces, metric, found)
+        write_answers(spaces, metric, found)
+        compare(rows, spaces, metric, found, tune=False)
+    for metric in given.tune:
+        compare(rows, spaces, metric, answers[metric], tune=True)
+    compare_alone(rows, spaces, answers["device"], given.alone)
 
 
 if __name__ == "__main__":
