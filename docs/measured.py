@@ -12,6 +12,7 @@ from adapt_tables import adapt_section
 from depth_tables import depth_sections
 from device_tables import device_section
 from layout import NOTE, escape, page, table
+from supernet_families import families_section
 from supernet_tables import supernet_section, trained_section
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,6 +55,7 @@ def coverage_page() -> str:
         parts.append(f"{passed} of {len(rows)} families hold, with torch {stored['torch']}.")
         parts.append(coverage_script().format_table(rows))
     parts.append("The table is printed by `python benchmarks/coverage.py`.")
+    parts.append(families_section())
     return page(parts)
 
 
