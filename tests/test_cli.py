@@ -16,7 +16,20 @@ from palmette.cli import main
 from palmette.cli.app import app
 from palmette.models import build
 
-COMMANDS = ["demo", "shrink", "curve", "adapt", "sites", "measure", "collapse", "export", "report", "methods"]
+COMMANDS = [
+    "demo",
+    "shrink",
+    "curve",
+    "specialize",
+    "adapt",
+    "profile",
+    "sites",
+    "measure",
+    "collapse",
+    "export",
+    "report",
+]
+COMMANDS += ["methods"]
 
 SOURCE = """
 import torch

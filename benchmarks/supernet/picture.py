@@ -37,7 +37,7 @@ def main() -> None:
         use = values.mean() / values.max()
         side = int(most.configs.resolution[0])
         axes.set_title(
-            f"{space.name} at {side} px: the mean layer uses {100 * use:.0f} % of the peak, {values.max():.0f} thousand",
+            f"{space.name} at {side} px: the mean layer uses {100 * use:.0f} % of the peak of {values.max():.0f}",
             loc="left", fontsize=9.5,
         )  # fmt: skip
         axes.set_xticks([])
