@@ -283,6 +283,8 @@ def trained_answers(rows: dict[str, Any], metric: str) -> str:
     lines = []
     for budget in rows[f"search OFA {metric}"]["answers"]["searched"]:
         for way, said in WAYS.items():
+            if way == "alone" and metric != "device":
+                continue
             gap = rows.get(f"difference {metric} {way} {budget}", {})
             cells = [f"{budget} KiB", said]
             for state in states:
