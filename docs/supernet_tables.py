@@ -215,10 +215,10 @@ two more, three times over, the uniform networks joined before the last time, an
 ({counts} measured in all; random search had as many). That last round was added after the first two had been looked at
 on the test images; it left the answers at 48 and 56 KiB as they were. Uniform: one share for all inner widths, all
 blocks and kernels, from the same supernet, or trained without one for as many epochs. OFA's MACs: MOOFA's best measured
-network with at most as many multiply-adds as OFA's answer, against that answer. Top-1 on {n:,} test images that chose
-nothing, as the supernet has it and after one more epoch alone on the same training images (tuned); MOOFA minus OFA, in
-points, paired per image, with its 95 % interval, which does not count the luck of training (one seed). By
-`benchmarks/supernet/trained.py`.
+network with at most as many multiply-adds as OFA's answer, against that answer; a dash where none was measured. Top-1
+on {n:,} test images that chose nothing, as the supernet has it and after one more epoch alone on the same training
+images (tuned); MOOFA minus OFA, in points, paired per image, with its 95 % interval, which does not count the luck of
+training (one seed). By `benchmarks/supernet/trained.py`.
 """
 
 WAYS = {"searched": "search", "matched": "search, OFA's MACs", "random": "random search", "uniform": "uniform"}
@@ -283,6 +283,8 @@ def trained_answers(rows: dict[str, Any], metric: str) -> str:
     lines = []
     for budget in rows[f"search OFA {metric}"]["answers"]["searched"]:
         for way, said in WAYS.items():
+            if way == "alone" and metric != "device":
+                continue
             gap = rows.get(f"difference {metric} {way} {budget}", {})
             cells = [f"{budget} KiB", said]
             for state in states:
