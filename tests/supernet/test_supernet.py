@@ -63,6 +63,9 @@ def test_sides_can_be_left_alone_and_paths_protected(mixed):
     assert "kernel:right" not in names
     assert not any(name.endswith(":stem") for name in names)
     assert net.static["right"] == "it is protected"
+    net = Supernet.from_model(model, x, protect=["chain.1"])
+    assert net.static["depth:add"] == "a block of it is protected"
+    assert net.space.of_kind("depth") == []
     for options in ({"width": (0.0, 1.0)}, {"depth": -1}, {"round_to": 0}, {"heads": (2.0,)}):
         with pytest.raises(InputError, match="out of bounds"):
             Supernet.from_model(model, x, **options)

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -114,6 +119,17 @@ def test_a_resumed_training_ends_with_the_same_weights(nets, task, tmp_path):
     fresh = supernet(nets)
     train_supernet(fresh, loader_of(task), config, checkpoint=tmp_path / "cut.safetensors")
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), fresh.parameters(), strict=True))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+@pytest.mark.parametrize("strategy", ["sandwich", "random"])
+def test_two_processes_draw_the_same_and_end_alike(tmp_path, strategy):
+    command = [sys.executable, str(Path(__file__).with_name("two_processes.py")), strategy, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    assert len({json.dumps(config) for config in first["drawn"]}) > 3
 
 
 def test_only_slices_that_were_drawn_move_without_decay(nets, task):

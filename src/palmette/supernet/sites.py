@@ -217,6 +217,7 @@ class Sites:
     def _find_stages(self, depth: int, protect: tuple[str, ...]) -> None:
         for stage in stages(self.gm):
             if any(_inside(b.path, protect) for b in stage.blocks):
+                self.static[stage.name] = "a block of it is protected"
                 continue
             fewest = max(0, stage.units - depth)
             self.stages[stage.name] = stage, tuple(range(fewest, stage.units + 1))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
@@ -121,6 +122,8 @@ class _Trainee(nn.Module):
         known = main_output(output)
         taught, mixed = known.detach(), _is_mixed(known, self.net)
         total = known.new_zeros(())
+        if dist.is_available() and dist.is_initialized():  # DDP waits for a gradient of every parameter, drawn or not
+            total = total + sum((p.flatten()[0] * 0 for p in self.net.parameters()), start=total)
         for config in step.others:
             with self.net.running(config), torch.autocast(known.device.type, known.dtype, enabled=mixed):
                 answer = main_output(call(self.net, inputs))
