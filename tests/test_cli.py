@@ -212,6 +212,7 @@ def test_random_weights_are_said_to_be_random(tmp_path, capsys) -> None:
     assert "random weights" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_random_weights_are_those_of_the_seed(tmp_path, capsys) -> None:
     options = [
         "-m",

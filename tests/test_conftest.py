@@ -9,6 +9,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 CONFTEST = Path(__file__).with_name("conftest.py")
 
 FILES = {
@@ -33,6 +35,7 @@ def run(folder: Path, **environment: str) -> Counter[str]:
     return Counter({word: int(count) for count, word in found})
 
 
+@pytest.mark.slow
 def test_missing_data_is_skipped(tmp_path):
     assert run(tmp_path) == {"skipped": 3}
 
@@ -41,5 +44,6 @@ def test_missing_data_fails_where_it_is_required_and_other_skips_stay_skips(tmp_
     assert run(tmp_path, PALMETTE_DATA_REQUIRED="1") == {"skipped": 1, "error": 2}
 
 
+@pytest.mark.slow
 def test_data_that_is_there_is_handed_over(tmp_path):
     assert run(tmp_path, PALMETTE_DATA_REQUIRED="1", PALMETTE_DATA=str(tmp_path)) == {"passed": 2, "skipped": 1}

@@ -270,6 +270,7 @@ def test_limits_take_the_same_images_for_every_seed():
 # --- real data
 
 
+@pytest.mark.slow
 def test_stored_network_reaches_its_accuracy_on_cifar10(palmette_data):
     import sys
 

@@ -110,6 +110,7 @@ def test_captured_networks_travel(job, where, tmp_path) -> None:
         assert found[key] == network(inputs).flatten().tolist()
 
 
+@pytest.mark.slow
 def test_auto_finds_the_same_plan_on_ray(ray, tmp_path) -> None:
     here, there = (found_by_auto(tmp_path / str(where), where) for where in (None, "local"))
     assert there == here

@@ -21,6 +21,7 @@ def convnet() -> nn.Sequential:
     return nn.Sequential(*body)
 
 
+@pytest.mark.slow
 def test_one_file_for_one_sample(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     loader = [(torch.randn(4, 3, 8, 8), torch.zeros(4, dtype=torch.long)), torch.randn(20, 3, 8, 8)]
     parity = export(convnet(), torch.randn(2, 3, 8, 8), tmp_path / "m.pte", batches=loader)

@@ -109,6 +109,7 @@ class Recurrent(nn.Module):
         return self.head(self.last(self.body(x)[0])[0][:, -1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["onnxruntime", pytest.param("executorch", marks=SLOW)])
 def test_a_network_in_which_nothing_is_quantised_is_refused(backend: str, tmp_path: Path) -> None:
     pytest.importorskip(backend, reason=f"{backend} is not installed")

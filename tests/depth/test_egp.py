@@ -167,6 +167,7 @@ class Images(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+@pytest.mark.slow
 def test_blocks_with_a_dead_branch_are_dropped(blobs) -> None:
     torch.manual_seed(0)
     result = _run(

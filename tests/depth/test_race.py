@@ -38,6 +38,7 @@ def _favoured(monkeypatch, kind: str) -> list[tuple[str, ...]]:
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["drop", "linearize"])
 def test_the_front_of_the_best_rival_goes_on(trained, blobs, quick, monkeypatch, kind) -> None:
     seen = _favoured(monkeypatch, kind)

@@ -53,6 +53,7 @@ def test_networks_of_every_kind_agree(name: str, build: Callable[[str], Any]) ->
         assert float((ours - reference).abs().max()) < 1e-4 * spread + 1e-5
 
 
+@pytest.mark.slow
 def test_threads_are_those_asked_for(program: bytes) -> None:
     count = executorch_parts()["bindings"]._threadpool_get_thread_count
     for threads in (2, 1):
