@@ -67,6 +67,7 @@ def test_the_search_beats_random_on_an_additive_value_and_measures_nothing_twice
     assert len(found.found) == len(found.random) == 40
     assert found.best.value > found.best_random.value
     assert all(f.ram_bytes <= memory.profile.ram_bytes for f in (*found.found, *found.random))
+    assert found.taken == found.best
     assert found.promise()["n"] == 20
     again = search(memory, measure, measurements=40, rounds=3, seed=2)
     assert again.found == found.found
@@ -87,7 +88,7 @@ def test_the_answer_fits_by_the_meter_and_is_rebuilt_from_its_file(net, nets, bl
     assert torch.equal(pm.load(source, tmp_path / "run" / "model.safetensors")(x), found.model(x))
     figures = json.loads((tmp_path / "run" / "figures.json").read_text())
     assert len(figures["measurements"]) == len(figures["control"]) == 10
-    for text in ("middle:", "10 drawn at random", "test samples"):
+    for text in ("middle:", "10; the better was taken", "test samples"):
         assert text in str(found)
     again = specialize(net, train, val, test, run_dir=tmp_path / "run", resume=True, **options)
     assert again.config == found.config

@@ -58,6 +58,11 @@ class Search:
         """The same among the control."""
         return _best(self.random)
 
+    @property
+    def taken(self) -> Found:
+        """The best of all that were measured, the control included: what is known is not thrown away."""
+        return _best([*self.found, *self.random])
+
     def promise(self) -> dict[str, Any] | None:
         """How promises and measurements agree, with intervals; None for fewer than three promises."""
         kept = [(f.promised, f.value) for f in self.found if f.promised is not None]

@@ -33,9 +33,10 @@ Say = Callable[[str], None]
 class Specialized:
     """The network for one device.
 
-    `model`: plain, with weights of its own. `found`: what the search says of it; `measured`: bytes of activations and
-    parameters by the meter on `model`; `evaluation`: on test data if there were any, else on validation data. `random`:
-    the best of as many networks drawn at random, on the same data. `steps`: path and bytes alive of each operation.
+    `model`: plain, with weights of its own; the best of all that were measured, drawn ones included. `found`: what the
+    search says of it; `measured`: bytes of activations and parameters by the meter on `model`; `evaluation`: on test
+    data if there were any, else on validation data. `random`: the best of as many networks drawn at random, on the same
+    data. `steps`: path and bytes alive of each operation.
     """
 
     profile: DeviceProfile
@@ -55,12 +56,12 @@ class Specialized:
         what = f"{self.evaluation.n:,} {'validation' if self.split == 'val' else self.split} samples"
         tried, drawn = len(self.search.found), len(self.search.random)
         ram, params = self.found.ram_bytes, self.found.param_bytes
-        value, chance = 100 * self.found.value, 100 * self.search.best_random.value
+        value, chance = 100 * self.search.best.value, 100 * self.search.best_random.value
         lines = [
             f"{self.profile.name}: {_bounds(self.profile)}",
             f"accuracy: {100 * self.evaluation.accuracy:.2f} % [{low:.1f}, {high:.1f}], {what}",
             f"RAM: {ram:,} bytes ({format_bytes(ram)}); parameters: {params:,} bytes ({format_bytes(params)})",
-            f"validation: {value:.2f} %, the best of {tried}; of {drawn} drawn at random {chance:.2f} %",
+            f"validation: search {value:.2f} %, {tried} networks; random {chance:.2f} %, {drawn}; the better was taken",
         ]
         return "\n".join(lines)
 
@@ -130,8 +131,8 @@ def specialize(
 
         result = search(memory, measure, measurements=measurements, rounds=rounds, control=control, seed=seed)
     split, loader = ("val", val_loader) if test_loader is None else ("test", test_loader)
-    best, chance = result.best, result.best_random
-    say(f"{profile.name}: {len(result.found)} networks measured, the best has {100 * best.value:.2f} % on validation")
+    best, chance = result.taken, result.best_random
+    say(f"{profile.name}: {judge.seen} networks measured, the best has {100 * best.value:.2f} % on validation")
     answers = [judge(f.config, loader, split, metric, loss_fn) for f in (best, chance)]
     model = net.extract(best.config)
     made = Specialized(
