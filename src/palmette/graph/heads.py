@@ -92,7 +92,9 @@ class _Follower:
         count = shapes[0][-3] if len(shapes[0]) > 3 else 0
         if count == 0 or any(len(s) < 4 or s[-3] != count for s in shapes):
             raise _Lost("its queries, keys and values have different numbers of heads")
-        for operand in self.node.all_input_nodes[3:]:  # a mask, or a bias for each head
+        for operand in self.node.all_input_nodes:  # a mask, or a bias for each head
+            if operand in self.node.args[:3]:
+                continue
             shape = operand.meta.get("shape")
             if shape is None or (len(shape) > 2 and shape[-3] != 1):
                 raise _Lost("a mask or bias is given for each head")
@@ -101,6 +103,7 @@ class _Follower:
             for node, numbers in values.items():
                 self._note_sizes(node, numbers, self._rows(source), count)
         self._downwards(count)
+        self._check_alone()
         order = self._importance(count).argsort(descending=True, stable=True)
         return HeadSite(
             name,
@@ -237,6 +240,16 @@ class _Follower:
         while len(node.users) == 1:
             node = next(iter(node.users))
             yield node
+
+    def _check_alone(self) -> None:
+        """Nothing else may read what the heads narrow; reading the length of the batch is harmless."""
+        readers = {*self.between, self.node}
+        paths = {path for path, side in self.layers if side == "columns"}
+        for node in self.between:
+            for user in node.users:
+                size = op_name(user) == "sym_size" and user.args[1] == 0
+                if user not in readers and not size and user.meta.get("path") not in paths:
+                    raise _Lost(f"'{user.meta.get('path', user.name)}' reads its heads, too")
 
     def _note_reader(self, node: fx.Node, heads: Tensor) -> None:
         columns = heads.reshape(-1, heads.shape[-1])
