@@ -116,7 +116,7 @@ class Search:
             optimizer = Optimizer(self.models[metric].bounded(ram=1024 * budget))
             for _ in range(PROPOSALS):
                 out = np.array([*known, *found])
-                best = optimizer.best(np.array([0.0, *weights]), constant=constant, excluded=out)
+                best = optimizer.best(np.array([constant, *weights]), excluded=out)
                 if best is not None:
                     found.append(self.code(best.config))
         return found

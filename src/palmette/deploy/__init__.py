@@ -20,12 +20,14 @@ from palmette.deploy.runtime import runtime_parity
 from palmette.deploy.session import OrtSession
 from palmette.errors import ExportError
 from palmette.graph.inputs import Example
+from palmette.meter.runtimes import has_onnx
 
 __all__ = [
     "OrtSession",
     "Parity",
     "Quantized",
     "export",
+    "export_all",
     "export_executorch",
     "export_onnx",
     "export_openvino",
@@ -59,3 +61,19 @@ def export(
             f"No export is known for the suffix '{suffix}'", where=str(path), fix=f"Use one of {', '.join(_BY_SUFFIX)}."
         )
     return _BY_SUFFIX[suffix](model, example_inputs, path, batches=batches)
+
+
+def export_all(
+    model: nn.Module, example_inputs: Example, folder: Path, *, batches: Iterable[Any] | None = None
+) -> dict[str, Any]:
+    """Write model.pt2, and model.onnx where ONNX is installed, into `folder`; the parity of each as JSON.
+
+    A format that fails is named with its "error", and the next is written.
+    """
+    found: dict[str, Any] = {}
+    for kind in ("onnx", "pt2") if has_onnx() else ("pt2",):
+        try:
+            found[kind] = export(model, example_inputs, folder / f"model.{kind}", batches=batches).to_dict()
+        except ExportError as error:
+            found[kind] = {"error": str(error)}
+    return found

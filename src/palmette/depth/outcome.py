@@ -11,18 +11,17 @@ from typing import Any
 from torch import nn
 
 import palmette.ranks as ranks
-from palmette.deploy import export
+from palmette.deploy import export_all
 from palmette.deploy.huggingface import is_hugging_face, save_pretrained
 from palmette.depth.accounts import account, contenders
 from palmette.depth.branch import Branch
 from palmette.depth.rounds import Search
 from palmette.depth.session import Session
-from palmette.errors import ExportError, PalmetteError, VerifyError
+from palmette.errors import PalmetteError, VerifyError
 from palmette.files import write_atomic, write_json
 from palmette.graph import CollapseRecord, Plan, Verification, collapse, verify
 from palmette.graph import save as save_network
 from palmette.graph.inputs import split_batch
-from palmette.meter.runtimes import has_onnx
 from palmette.report import render
 
 FLOAT32_BOUND = 1e-4
@@ -116,13 +115,7 @@ def _exports(session: Session, network: nn.Module) -> dict[str, Any]:
     A format that fails is named, and the run goes on.
     """
     batches = [split_batch(batch)[0] for batch in itertools.islice(iter(session.val), 1)]
-    found: dict[str, Any] = {}
-    for kind in ("onnx", "pt2") if has_onnx() else ("pt2",):
-        try:
-            parity = export(network, session.example, session.run.path(f"model.{kind}"), batches=batches)
-            found[kind] = parity.to_dict()
-        except ExportError as error:
-            found[kind] = {"error": str(error)}
+    found = export_all(network, session.example, session.run.folder, batches=batches)
     if is_hugging_face(session.model):
         try:
             folder = session.run.path("huggingface")

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from palmette.errors import RunError
-from palmette.files import read_json
 from palmette.report import words
 from palmette.report.adapted_pictures import epochs_picture, holders_picture, layers_picture
-from palmette.report.page import MAX_ROWS, artifacts, flat, templates, write_page
+from palmette.report.page import MAX_ROWS, artifacts, figures_of, flat, templates, write_page
 
 FILES = {
     "model.safetensors": "weights of the fine-tuned network under its own names: -w takes them",
@@ -27,14 +26,7 @@ _NEEDED = ("bytes", "peak", "gradients", "parameters", "holders", "layers", "his
 
 def adapt_figures(folder: Path) -> dict[str, Any] | None:
     """The figures of an adapt's run folder, None for another. Raises RunError when they are damaged."""
-    path = folder / "figures.json"
-    figures = read_json(path) if path.is_file() else None
-    if not isinstance(figures, dict) or figures.get("kind") != "adapt":
-        return None
-    missing = [name for name in _NEEDED if name not in figures]
-    if missing:
-        raise RunError("A file is damaged", where=str(path), why=f"it lacks {missing[0]!r}", fix="Run it again.")
-    return figures
+    return figures_of(folder, "adapt", _NEEDED)
 
 
 def render_adapted(run_folder: str | Path) -> Path:

@@ -10,8 +10,9 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 
 from palmette.errors import RunError
-from palmette.files import read_json, write_atomic
+from palmette.files import write_atomic
 from palmette.report import words
+from palmette.report.page import figures_of
 from palmette.report.theme import COLOUR, drawing, sheet, svg
 
 LIGHT = {
@@ -56,9 +57,7 @@ def render_front(run_folder: str | Path) -> Path:
 
 def front_figures(folder: Path) -> dict[str, Any] | None:
     """The figures of a curve's run folder, None for another. Raises RunError when its figures.json cannot be read."""
-    path = folder / "figures.json"
-    figures = read_json(path) if path.is_file() else None
-    return figures if isinstance(figures, dict) and figures.get("kind") == "curve" else None
+    return figures_of(folder, "curve")
 
 
 def runtimes_of(figures: dict[str, Any]) -> list[str]:

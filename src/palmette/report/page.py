@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from palmette.errors import RunError
-from palmette.files import write_atomic
+from palmette.files import read_json, write_atomic
 from palmette.report import words
 
 MAX_BYTES = 1_000_000
@@ -44,6 +44,21 @@ def breakable(name: str) -> Markup:
     if len(name) <= LONGEST_PIECE:
         return Markup('<span class="nowrap">%s</span>') % text
     return Markup(str(text).replace(".", ".<wbr>"))  # noqa: S704 (escaped above)
+
+
+def figures_of(folder: Path, kind: str, needed: Iterable[str] = ()) -> dict[str, Any] | None:
+    """figures.json of a run folder whose verb wrote that kind, None for another run.
+
+    Raises RunError when the file cannot be read, or lacks what is needed.
+    """
+    path = folder / "figures.json"
+    figures = read_json(path) if path.is_file() else None
+    if not isinstance(figures, dict) or figures.get("kind") != kind:
+        return None
+    missing = [name for name in needed if name not in figures]
+    if missing:
+        raise RunError("A file is damaged", where=str(path), why=f"it lacks {missing[0]!r}", fix="Run it again.")
+    return figures
 
 
 def artifacts(folder: Path, uses: Mapping[str, str]) -> list[dict[str, str]]:

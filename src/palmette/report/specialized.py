@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from palmette.errors import RunError
-from palmette.files import read_json
 from palmette.report import words
-from palmette.report.page import MAX_ROWS, artifacts, flat, templates, write_page
+from palmette.report.page import MAX_ROWS, artifacts, figures_of, flat, templates, write_page
 from palmette.report.specialized_pictures import cloud_picture, memory_picture
 
 FILES = {
@@ -25,14 +24,7 @@ _NEEDED = ("boards", "supernet", "recipe", "history", "environment")
 
 def specialize_figures(folder: Path) -> dict[str, Any] | None:
     """The figures of a specialize's run folder, None for another. Raises RunError when they are damaged."""
-    path = folder / "figures.json"
-    figures = read_json(path) if path.is_file() else None
-    if not isinstance(figures, dict) or figures.get("kind") != "specialize":
-        return None
-    missing = [name for name in _NEEDED if name not in figures]
-    if missing:
-        raise RunError("A file is damaged", where=str(path), why=f"it lacks {missing[0]!r}", fix="Run it again.")
-    return figures
+    return figures_of(folder, "specialize", _NEEDED)
 
 
 def render_specialized(run_folder: str | Path) -> Path:

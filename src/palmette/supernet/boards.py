@@ -5,17 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from palmette.deploy import export
+from palmette.deploy import export_all
 from palmette.device import DeviceProfile
-from palmette.errors import ExportError, InputError
+from palmette.errors import InputError
 from palmette.files import write_json
 from palmette.graph.inputs import inputs_of
-from palmette.meter.runtimes import has_onnx
 from palmette.report.render import render
 from palmette.run import Run
 from palmette.supernet.memory import MemoryModel
@@ -148,7 +148,9 @@ def run_boards(
             seed=seed,
             say=say,
         )
-        _exported(run, found, example)
+        run.once(
+            f"export-{board.name}", partial(export_all, found.model, example, folder, batches=[example]), alone=True
+        )
         made.append(found)
     write_json(run.path("figures.json"), _figures(run, net, recipe, made, history, names))
     return BoardsResult(net=net, boards=made, folder=run.folder, report=render(run.folder))
@@ -171,22 +173,6 @@ def reach(memory: MemoryModel) -> str:
         f"{memory.profile.name}: RAM {ram[0]:,} to {ram[1]:,} bytes, parameters {params[0]:,} to {params[1]:,} bytes "
         f"from the smallest to the largest; {fits}"
     )
-
-
-def _exported(run: Run, found: Specialized, example: Any) -> None:
-    """Write model.pt2, and model.onnx where ONNX is installed; what fails is noted, and the run goes on."""
-
-    def written() -> dict[str, Any]:
-        done: dict[str, Any] = {}
-        for kind in ("onnx", "pt2") if has_onnx() else ("pt2",):
-            try:
-                file = run.path(f"boards/{found.profile.name}/model.{kind}")
-                done[kind] = export(found.model, example, file, batches=[example]).to_dict()
-            except ExportError as error:
-                done[kind] = {"error": str(error)}
-        return done
-
-    run.once(f"export-{found.profile.name}", written, alone=True)
 
 
 def _figures(

@@ -6,7 +6,7 @@ gradient reaches what is active and is exactly zero everywhere else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,15 +35,10 @@ class Cut:
 
 
 class Runner:
-    """Runs a captured graph with a cut.
+    """Runs a captured graph with a cut."""
 
-    `transform`: what becomes of the cropped weight of a convolution whose kernel shrinks, given its path and weight.
-    """
-
-    def __init__(
-        self, gm: fx.GraphModule, cut: Cut, transform: Callable[[str, Tensor, int], Tensor] | None = None
-    ) -> None:
-        self.gm, self.transform = gm, transform
+    def __init__(self, gm: fx.GraphModule, cut: Cut) -> None:
+        self.gm = gm
         self.layers = {entry["path"]: entry for entry in cut.decision["layers"]}
         self.states = {entry["state"]: entry for entry in cut.decision["states"]}
         sizes = {entry["path"]: entry for entry in cut.decision["sizes"]}
@@ -91,7 +86,7 @@ class Runner:
     def _state(self, name: str) -> Tensor:
         value = get_tensor(self.gm, name)
         entry = self.states.get(name)
-        return value if entry is None else select(value, entry["axis"], entry)
+        return value if entry is None else _select(value, entry["axis"], entry)
 
     def _module(self, node: fx.Node, statistics: Statistics | None) -> Any:
         layer: Any = self.gm.get_submodule(str(node.target))
@@ -100,11 +95,9 @@ class Runner:
         normalises = isinstance(layer, BATCH_NORMS)
         if entry is None and own is None and not (normalises and layer.training):
             return layer
-        twin = twin_of(layer)
+        twin = _sharing(layer)
         if entry is not None:
-            narrow(twin, entry, lambda value, axis, side, _: select(value, axis, side))
-            if "kernel" in entry and self.transform is not None:
-                twin.weight = self.transform(node.meta["path"], twin.weight, entry["kernel"])
+            narrow(twin, entry, lambda value, axis, side, _: _select(value, axis, side))
         if own is not None:
             twin.running_mean, twin.running_var = own
         if normalises and layer.training and layer.running_mean is not None:  # the shared statistics stay as they are
@@ -117,7 +110,7 @@ def _resized(node: fx.Node, sizes: Mapping[str, Any]) -> bool:
     return node.op == "call_function" and node.meta.get("path") in sizes
 
 
-def twin_of(layer: nn.Module) -> Any:
+def _sharing(layer: nn.Module) -> Any:
     """A module that shares everything with `layer`, whose tensors can be replaced by any others."""
     twin: Any = object.__new__(type(layer))
     twin.__dict__.update(layer.__dict__)
@@ -126,7 +119,7 @@ def twin_of(layer: nn.Module) -> Any:
     return twin
 
 
-def select(value: Tensor, axis: int, side: Mapping[str, Any]) -> Tensor:
+def _select(value: Tensor, axis: int, side: Mapping[str, Any]) -> Tensor:
     """What stays of a tensor along an axis: a view where that is one range, differentiable."""
     keep = side["keep"]
     if len(keep) == 1:

@@ -281,16 +281,15 @@ def _is_held_out(number: int) -> bool:
 # ---- the file --------------------------------------------------------------------------------------------------------
 
 
-def _choices(choices: Iterable[Choice]) -> dict[str, dict[int, float]]:
-    return {choice.name: dict.fromkeys(choice.values, 0.0) for choice in choices}
+def _choices(choices: Iterable[Choice]) -> dict[str, list[int]]:
+    return {choice.name: list(choice.values) for choice in choices}
 
 
-def _journal(device: Device, entries: Mapping[str, Mapping[int, float]], rows: Iterable[Row]) -> dict[str, Any]:
-    choices = {name: list(values) for name, values in entries.items()}
+def _journal(device: Device, choices: Mapping[str, Iterable[int]], rows: Iterable[Row]) -> dict[str, Any]:
     return {
         "palmette_latency": FORMAT,
         "device": asdict(device),
-        "choices": choices,
+        "choices": {name: list(values) for name, values in choices.items()},
         "rows": [asdict(row) for row in rows],
     }
 
@@ -313,6 +312,6 @@ def _known(path: Path, device: Device, choices: Iterable[Choice]) -> list[Row]:
                 f"The latency table was measured with another {name}", where=str(path), why=f"{was}, not {value}",
                 fix=fix,
             )  # fmt: skip
-    if raw["choices"] != {c.name: list(c.values) for c in choices}:
+    if raw["choices"] != _choices(choices):
         raise RunError("The latency table is of another supernet", where=str(path), fix=fix)
     return [Row(**row) for row in raw["rows"]]

@@ -24,7 +24,6 @@ from palmette.supernet.space import Config
 from palmette.supernet.supernet import Supernet
 from palmette.supernet.weights import Weights
 
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 _CHUNK = 8192
 
 
@@ -47,7 +46,7 @@ class MemoryModel:
 
     def __init__(self, net: Supernet, profile: DeviceProfile | None = None) -> None:
         self.net, self.profile = net, profile or DeviceProfile()
-        self._item = ITEM_BYTES[self.profile.dtype]
+        self._item = self.profile.element_bytes
         self.codes = Codes(net.sites, net.space.choices)
         self._nodes = list(net.network.graph.nodes)
         self._follow(follow(net.network, 1, self.profile.operators))
@@ -153,7 +152,7 @@ class MemoryModel:
         if not sites:
             return {}
         small = self.net.extract({**self.net.max(), **{name: values[0] for name, (_, values) in sites.items()}})
-        own = zip(small.graph.nodes, follow(small, 1), strict=True)
+        own = zip(small.graph.nodes, follow(small, 1, self.profile.operators), strict=True)
         paths = {head.name for head, _ in sites.values()}
         return {str(n.meta["path"]): _extra(step) for n, step in own if n.meta.get("path") in paths}
 

@@ -59,21 +59,15 @@ class Optimizer:
                     _add(self._latency, product, rate * amount)
         self._scipy: Any = compat.optional("scipy.optimize", package="palmette[search]")
         self._sparse: Any = compat.optional("scipy.sparse", package="palmette[search]")
+        self._bounds = self._bounded()
 
-    def best(self, weights: Floats, *, constant: float = 0.0, excluded: Ints | None = None) -> Optimum | None:
+    def best(self, weights: Floats, *, excluded: Ints | None = None) -> Optimum | None:
         """The configuration whose code has the largest product with `weights`; None if none keeps the bounds.
 
         weights: [codes.width]; what a choice that does not matter in a configuration weighs is left out. excluded:
         codes [n, choices] that must not be the answer.
         """
-        program = _Program(self.codes.width)
-        for choice in self.codes.choices:
-            first = self.codes.first[choice.name]
-            program.equal({(first + i,): 1.0 for i in range(len(choice.values))}, 1.0)
-        self._bound_ram(program)
-        self._bound_flash(program)
-        if self._latency is not None:
-            program.at_most(self._latency, float(self.memory.profile.latency_ms or 0.0))
+        program = self._bounds.copy()
         for code in () if excluded is None else excluded:
             columns = self._said(code)
             program.at_most({(column,): 1.0 for column in columns}, len(columns) - 1)
@@ -81,13 +75,19 @@ class Optimizer:
         if found is None:
             return None
         onehot, value = found
-        code = np.array(
-            [
-                int(onehot[self.codes.first[c.name] : self.codes.first[c.name] + len(c.values)].argmax())
-                for c in self.codes.choices
-            ]
-        )
-        return Optimum(self.memory.net.space.canonical(self.codes.decode(code)), value + constant)
+        code = np.array([int(onehot[span].argmax()) for span in self._spans()])
+        return Optimum(self.memory.net.space.canonical(self.codes.decode(code)), value)
+
+    def _bounded(self) -> _Program:
+        """One value for every choice, within the profile's bounds."""
+        program = _Program(self.codes.width)
+        for span in self._spans():
+            program.equal({(column,): 1.0 for column in range(span.start, span.stop)}, 1.0)
+        self._bound_ram(program)
+        self._bound_flash(program)
+        if self._latency is not None:
+            program.at_most(self._latency, float(self.memory.profile.latency_ms or 0.0))
+        return program
 
     def _said(self, code: Ints) -> list[int]:
         """The columns that tell a configuration from others: what does not matter in it may have any value."""
@@ -144,6 +144,12 @@ class _Program:
         self.width = width
         self.products: dict[Product, int] = {}
         self.rows: list[tuple[dict[int, float], float, float]] = []
+
+    def copy(self) -> _Program:
+        """The same constraints, to which others can be added."""
+        other = _Program(self.width)
+        other.products, other.rows = dict(self.products), list(self.rows)
+        return other
 
     def equal(self, terms: Mapping[Product, float], total: float) -> None:
         """The sum of the terms is `total`."""

@@ -16,7 +16,7 @@ from palmette.supernet.codes import Floats, Ints
 from palmette.supernet.memory import MemoryModel
 from palmette.supernet.optimum import Optimizer
 from palmette.supernet.predictor import agreement, ridge
-from palmette.supernet.sampling import check_feasible, sample_balanced
+from palmette.supernet.sampling import sample_balanced
 from palmette.supernet.space import Config, key_of
 
 Measure = Callable[[Config], float]
@@ -85,7 +85,6 @@ def search(
     rounds: how often the predictor is fitted anew. control: also measure as many networks drawn at random, of which
     the first half are the search's own. Raises BudgetError if nothing fits, naming what binds and the smallest need.
     """
-    check_feasible(memory)
     rng = np.random.default_rng(seed)
     drawn = _different(memory, sample_balanced(memory, 4 * measurements, rng))[:measurements]
     first = drawn[: max(5, round(FIRST_SHARE * measurements))]

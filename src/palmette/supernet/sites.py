@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from palmette.graph.blocks import Block, find_blocks
+from palmette.graph.candidates import is_protected
 from palmette.graph.channel_rules import first
 from palmette.graph.channels import Channels
 from palmette.graph.groups import nearest, width_groups
@@ -189,7 +190,7 @@ class Sites:
             self._find_heads(heads, protect)
         if kernel:
             found = kernel_sites(gm, kernel).items()
-            self.kernels = {f"kernel:{p}": (p, sizes) for p, sizes in found if not _inside(p, protect)}
+            self.kernels = {f"kernel:{p}": (p, sizes) for p, sizes in found if not is_protected(p, protect)}
         if depth:
             self._find_stages(depth, protect)
 
@@ -205,7 +206,7 @@ class Sites:
 
     def _find_heads(self, ratios: Sequence[float], protect: tuple[str, ...]) -> None:
         for site in head_sites(self.gm):
-            reason = site.reason or ("it is protected" if _inside(site.name, protect) else "")
+            reason = site.reason or ("it is protected" if is_protected(site.name, protect) else "")
             values = widths(site.count, ratios, 1)
             if reason or len(values) == 1:
                 self.static[site.name] = reason or "it has one head"
@@ -216,7 +217,7 @@ class Sites:
 
     def _find_stages(self, depth: int, protect: tuple[str, ...]) -> None:
         for stage in stages(self.gm):
-            if any(_inside(b.path, protect) for b in stage.blocks):
+            if any(is_protected(b.path, protect) for b in stage.blocks):
                 self.static[stage.name] = "a block of it is protected"
                 continue
             fewest = max(0, stage.units - depth)
@@ -247,8 +248,8 @@ class Sites:
             removed[site.classes[config[name] :]] = True
         decision = decide(self.channels, removed)
         layers = {entry["path"]: entry for entry in decision["layers"]}
-        for name, (path, _) in self.kernels.items():
-            if config[name] < self.kernels[name][1][-1]:
+        for name, (path, sizes) in self.kernels.items():
+            if config[name] < sizes[-1]:
                 layers.setdefault(path, {"path": path})["kernel"] = config[name]
         for name, (head, _) in self.heads.items():
             if config[name] < head.count:
@@ -271,10 +272,6 @@ def _cut_heads(site: HeadSite, count: int, layers: dict[str, Any], decision: dic
         decision["sizes"].append({"path": path, "argument": argument, "sizes": fewer})
 
 
-def _inside(path: str, protect: tuple[str, ...]) -> bool:
-    return any(path == p or path.startswith(p + ".") for p in protect)
-
-
 def _pinned(channels: Channels, elastic: set[fx.Node], protect: tuple[str, ...]) -> dict[str, str]:
     """Why layers with weights keep the channels that they write, by path."""
     found = {}
@@ -282,7 +279,7 @@ def _pinned(channels: Channels, elastic: set[fx.Node], protect: tuple[str, ...])
         if node in elastic or not channels.reader.is_affine(node) or node in channels.channelwise:
             continue
         path = str(node.meta["path"])
-        if _inside(path, protect):
+        if is_protected(path, protect):
             found[path] = "it is protected"
         elif node not in channels.writers:
             found[path] = "its weights are shared, computed or grouped"

@@ -19,6 +19,7 @@ from palmette.meter.memory import peak_bytes
 from palmette.run import Run
 from palmette.seeding import seeded
 from palmette.supernet.memory import MemoryModel
+from palmette.supernet.sampling import check_feasible
 from palmette.supernet.search import Found, Search, search
 from palmette.supernet.space import Config, key_of
 from palmette.supernet.supernet import Supernet
@@ -118,6 +119,7 @@ def specialize(
             fix="Give at least 10, 1 and 1.",
         )
     memory = MemoryModel(net, profile)
+    check_feasible(memory)
     options = {"profile": str(profile), "measurements": measurements, "rounds": rounds, "batches": batches}
     run = None if run_dir is None else Run(run_dir, resume=resume, config=options, seed=seed)
     say = say or (lambda _: None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from palmette.graph.resize import resize
 from palmette.graph.spans import name_of
 from palmette.supernet.elastic import Cut, Runner
 from palmette.supernet.sites import Sites
-from palmette.supernet.space import Config, Space, key_of
+from palmette.supernet.space import Config, key_of
 
 CACHED = 64
 """Configurations whose instructions are kept at once."""
@@ -38,13 +38,13 @@ class Supernet(nn.Module):
     runs. Its parameters are those of the largest network; a sub-network reads slices of them.
     """
 
-    def __init__(self, network: fx.GraphModule, space: Space, sites: Sites, static: Mapping[str, str]) -> None:
+    def __init__(self, network: fx.GraphModule, sites: Sites) -> None:
         super().__init__()
-        self.network, self.space, self.static = network, space, dict(static)
-        self.sites = sites
+        self.network, self.sites = network, sites
+        self.space, self.static = sites.space(), sites.static
         self._runners: dict[str, Runner] = {}
         self._statistics: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
-        self.active: Config = space.max()
+        self.active: Config = self.space.max()
 
     @staticmethod
     def from_model(
@@ -69,7 +69,7 @@ class Supernet(nn.Module):
         _check(width, depth, heads, round_to)
         gm = capture(model, example_inputs)
         sites = Sites(gm, tuple(protect), width, depth, kernel, heads, round_to)
-        return Supernet(gm, sites.space(), sites, sites.static)
+        return Supernet(gm, sites)
 
     # -- what is active ------------------------------------------------------------------------------------------------
 
@@ -130,11 +130,10 @@ class Supernet(nn.Module):
         if cut.dropped:
             gm = Plan([drop(name_of(run)) for run in cut.dropped]).apply(gm, example)
         resize(gm, _present(gm, cut.decision))
+        norms = _norms(gm)
         for path, (mean, variance) in self._statistics.get(key_of(config), {}).items():
-            norm: Any = _module_at(gm, path)
-            if norm is not None:
-                norm.running_mean.copy_(mean)
-                norm.running_var.copy_(variance)
+            norms[path].running_mean.copy_(mean)
+            norms[path].running_var.copy_(variance)
         return gm
 
     @torch.no_grad()
@@ -148,8 +147,7 @@ class Supernet(nn.Module):
         Raises DataError for an empty loader.
         """
         gm = self.extract(config)
-        norms = {str(n.meta["path"]): m for n in gm.graph.nodes if isinstance(m := module_of(gm, n), BATCH_NORMS)}
-        norms = {path: norm for path, norm in norms.items() if norm.running_mean is not None}
+        norms = _norms(gm)
         if not norms:
             return
         gm.eval()
@@ -166,7 +164,7 @@ class Supernet(nn.Module):
             seen += 1
         if not seen:
             raise DataError("The loader is empty", fix="Give it at least one batch.")
-        found = {path: (own.running_mean.clone(), own.running_var.clone()) for path, own in cast(Any, norms).items()}
+        found = {path: (own.running_mean.clone(), own.running_var.clone()) for path, own in norms.items()}
         self._statistics[key_of(self.space.canonical(config))] = found
 
     def forget_statistics(self) -> None:
@@ -194,8 +192,7 @@ def _present(gm: fx.GraphModule, decision: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _module_at(gm: fx.GraphModule, path: str) -> nn.Module | None:
-    for node in gm.graph.nodes:
-        if node.op == "call_module" and node.meta["path"] == path:
-            return module_of(gm, node)
-    return None
+def _norms(gm: fx.GraphModule) -> dict[str, Any]:
+    """The batch norms with statistics, by path."""
+    modules = ((str(n.meta.get("path")), module_of(gm, n)) for n in gm.graph.nodes)
+    return {path: m for path, m in modules if isinstance(m, BATCH_NORMS) and m.running_mean is not None}

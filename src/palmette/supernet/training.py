@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from palmette.errors import InputError
 from palmette.graph.inputs import call, main_output
-from palmette.supernet.strategies import STRATEGIES, Strategy, make_strategy, phases
+from palmette.supernet.strategies import Strategy, make_strategy, phases
 from palmette.supernet.supernet import Supernet
 from palmette.train.batches import length
 from palmette.train.config import HealConfig
@@ -58,11 +58,8 @@ def train_supernet(
     """
     if sub_nets < 1 or not 0 <= start < 1:
         raise InputError(f"sub_nets = {sub_nets}, start = {start} are out of bounds", fix="Give 1 or more, and [0, 1).")
-    if strategy not in STRATEGIES:
-        raise InputError(f"No strategy is called {strategy!r}", fix=f"Use one of {', '.join(STRATEGIES)}.")
     config = HealConfig() if config is None else config
     common: dict[str, Any] = {"loss_fn": loss_fn, "seed": seed, "fabric": fabric}
-    net.forget_statistics()
     if strategy == "progressive":
         return _in_phases(net, loader, config, None if checkpoint is None else Path(checkpoint), common)
     batches = length(loader)
@@ -89,6 +86,7 @@ def _in_phases(
 def _trained(
     net: Supernet, loader: Iterable[Any], config: HealConfig, strategy: Strategy, options: dict[str, Any]
 ) -> History:
+    net.forget_statistics()
     trainee = _Trainee(net, strategy, classes=is_cross_entropy(options["loss_fn"]))
     before = net.active
     try:
