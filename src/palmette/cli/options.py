@@ -85,6 +85,27 @@ Protect = Annotated[
     list[str] | None,
     typer.Option(metavar="PATH", help="Leave the site, or all sites below this path, alone; may be repeated."),
 ]
+Width = Annotated[
+    list[float] | None,
+    typer.Option(
+        metavar="SHARE", help="A share of channels that may stay; may be repeated. If not given 0.5, 0.75, 1."
+    ),
+]
+Depth = Annotated[int, typer.Option(min=0, help="Blocks that may be left out at the end of each chain of equal ones.")]
+Kernel = Annotated[
+    list[int] | None,
+    typer.Option(metavar="EDGE", help="An edge to which larger kernels may be cropped; may be repeated. 0: none."),
+]
+Heads = Annotated[
+    list[float] | None,
+    typer.Option(metavar="SHARE", help="A share of attention heads that may stay; may be repeated. 1: all stay."),
+]
+Resolution = Annotated[
+    list[int] | None,
+    typer.Option(
+        metavar="EDGE", help="Pixels to which square images may be scaled; may be repeated. Else as they are."
+    ),
+]
 Pad = Annotated[
     str | None, typer.Option(help="Borders of merged convolutions: repad (if not given), exact or bias_map.")
 ]
@@ -207,3 +228,16 @@ def heal_config(**given: Any) -> Any:
 
     known = {field.name for field in dataclasses.fields(HealConfig)}
     return HealConfig(**{name: value for name, value in given.items() if value is not None and name in known})
+
+
+def elastic(
+    width: list[float] | None,
+    depth: int,
+    kernel: list[int] | None,
+    heads: list[float] | None,
+    resolution: list[int] | None,
+    protect: list[str] | None,
+) -> dict[str, Any]:
+    """Options of `Supernet.from_model`; what was not given keeps its default."""
+    given = {"width": width, "kernel": kernel, "heads": heads, "resolution": resolution, "protect": protect}
+    return {"depth": depth} | {name: tuple(values) for name, values in given.items() if values}

@@ -16,9 +16,6 @@ if TYPE_CHECKING:
 _RUNTIME = f"Where it is timed: {opt.RUNTIME_NAMES}."
 _COUNT = "Sub-networks to time, 12 or more; every fourth is kept to tell the error of the table."
 _SECONDS = "Stop after so many seconds, once 12 networks are timed."
-_WIDTH = "Shares of channels on offer; may be repeated. If not given 0.5, 0.75 and 1."
-_DEPTH = "Blocks that may be left out at the end of each chain of equal ones."
-_KERNEL = "Edges to which larger kernels may be cropped; may be repeated. If not given 3, 5 and 7."
 
 
 def profile(
@@ -35,9 +32,11 @@ def profile(
     batch: Annotated[int, typer.Option(min=1, help="Samples in a pass.")] = 1,
     count: Annotated[int, typer.Option(help=_COUNT)] = 48,
     seconds: Annotated[float | None, typer.Option("--seconds", metavar="S", help=_SECONDS)] = None,
-    width: Annotated[list[float] | None, typer.Option(metavar="SHARE", help=_WIDTH)] = None,
-    depth: Annotated[int, typer.Option(min=0, help=_DEPTH)] = 2,
-    kernel: Annotated[list[int] | None, typer.Option(metavar="EDGE", help=_KERNEL)] = None,
+    width: opt.Width = None,
+    depth: opt.Depth = 2,
+    kernel: opt.Kernel = None,
+    heads: opt.Heads = None,
+    resolution: opt.Resolution = None,
     protect: opt.Protect = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the table in the file.")] = False,
     seed: opt.Seed = 0,
@@ -59,14 +58,7 @@ def profile(
     if out.exists() and not resume:
         raise RunError("The file exists", where=str(out), fix="Add --resume to go on with it, or name another --out")
     network, example = opt.load_model(model, weights, data, image_size, classes, trust)
-    net = Supernet.from_model(
-        network,
-        example,
-        width=width or (0.5, 0.75, 1.0),
-        depth=depth,
-        kernel=kernel or (3, 5, 7),
-        protect=protect or (),
-    )
+    net = Supernet.from_model(network, example, **opt.elastic(width, depth, kernel, heads, resolution, protect))
     tables.say(f"{len(net.space)} choices, {float(net.space.size()):.3g} networks; timing {count} of them")
     table = measure_latencies(
         net,

@@ -13,7 +13,11 @@ from palmette.cli.shrink import command_line
 
 _BOARD = (
     "A device, such as nano:ram=256KiB,flash=1MiB,dtype=int8,weights_in=flash; may be repeated. Further fields: "
-    "reserve, inplace_elementwise, inplace_depthwise."
+    "reserve, inplace_elementwise, inplace_depthwise, operators, latency_ms, which needs --latency."
+)
+_LATENCY = (
+    "A table that `palmette profile` made of this supernet on the device, for one board or for all with latency_ms; may "
+    "be repeated."
 )
 _STRATEGY = (
     "Which networks a step trains: the largest, the smallest and two more (sandwich), or as palmette's docs say."
@@ -36,11 +40,12 @@ def specialize(
     lr: Annotated[float | None, typer.Option(help="Learning rate; 0.01 if not given.")] = None,
     optimizer: opt.Optimizer = None,
     measurements: Annotated[int, typer.Option(min=10, help="Networks that are judged for each board.")] = 40,
-    width: Annotated[
-        list[float] | None,
-        typer.Option(metavar="SHARE", help="Shares of channels that may stay; 0.5, 0.75 and 1 if not given."),
-    ] = None,
-    depth: Annotated[int, typer.Option(min=0, help="Blocks that may be left out of each stage.")] = 2,
+    latency: Annotated[list[str] | None, typer.Option(metavar="[BOARD=]FILE", help=_LATENCY)] = None,
+    width: opt.Width = None,
+    depth: opt.Depth = 2,
+    kernel: opt.Kernel = None,
+    heads: opt.Heads = None,
+    resolution: opt.Resolution = None,
     protect: opt.Protect = None,
     control: Annotated[bool, typer.Option(help="Also judge as many networks drawn at random.")] = True,
     dry_run: Annotated[
@@ -55,11 +60,12 @@ def specialize(
 
     Example: palmette specialize -m palmette:digits-mobile -d digits -w dense.safetensors -b "nano:ram=8KiB,flash=32KiB"
     """
-    from palmette.supernet.boards import Recipe, parse_board, run_boards
+    from palmette.supernet.boards import Recipe, parse_board, parse_tables, run_boards
 
     heal = opt.heal_config(epochs=epochs, lr=lr, optimizer=optimizer)
-    elastic = {"depth": depth, "protect": tuple(protect or ())} | ({"width": tuple(width)} if width else {})
+    elastic = opt.elastic(width, depth, kernel, heads, resolution, protect)
     boards = [parse_board(text) for text in board]
+    clocks = parse_tables(latency or (), boards)
     resolved, found = opt.load_pair(model, weights, data, image_size, batch_size, seed, trust)
     opt.warn_of_random_weights(model, weights)
     result = run_boards(
@@ -68,6 +74,7 @@ def specialize(
         found.val,
         found.test,
         boards=boards,
+        latency=clocks,
         recipe=Recipe(heal=heal, strategy=strategy, elastic=elastic, measurements=measurements, control=control),
         example_inputs=found.example_inputs,
         run_dir=run,

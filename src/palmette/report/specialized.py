@@ -92,6 +92,7 @@ def _board(folder: Path, figures: dict[str, Any], board: dict[str, Any], index: 
         "params": words.size(found["param_bytes"]),
         "memory": memory_picture(figures, board, index),
         "cloud": cloud_picture(board, index),
+        "notes": _notes(board),
         "promise": board["promise"],
         "config": list(board["config"].items()),
         "files": artifacts(folder / "boards" / profile["name"], BOARD_FILES),
@@ -104,4 +105,24 @@ def _with_interval(seen: dict[str, Any]) -> str:
 
 def _bounds(profile: dict[str, Any]) -> str:
     parts = [f"{profile[key]} of {name}" for key, name in (("ram", "RAM"), ("flash", "flash")) if key in profile]
+    if "latency_ms" in profile:
+        parts.append(f"{profile['latency_ms']} ms")
     return f"{', '.join(parts) or 'no bounds'}; {profile['dtype']}, weights in {profile['weights_in']}"
+
+
+def _notes(board: dict[str, Any]) -> list[str]:
+    """What else there is to say of a board's network: the size of its images, its time."""
+    notes, edge, time = [], board["config"].get("resolution"), board.get("latency")
+    if edge is not None:
+        notes.append(f"It sees images of {edge} \u00d7 {edge} pixels: scale yours before you pass them.")
+    if time is not None:
+        measured = time["measured_ms"]
+        said = f"A pass takes {time['predicted_ms']:.3g} ms by the table (off by {time['error']:.1f} % in the mean)"
+        if measured is None:
+            notes.append(f"{said}; the table is of another machine, so it was not timed.")
+        else:
+            verdict = "within" if measured <= time["bound_ms"] else "above"
+            notes.append(f"{said}, {measured:.3g} ms measured: {verdict} the {time['bound_ms']:.3g} ms allowed.")
+        if time["slower"]:
+            notes.append(f"{words.plural(time['slower'], 'network')} of a higher accuracy proved slower when timed.")
+    return notes

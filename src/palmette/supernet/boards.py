@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,13 @@ from typing import Any
 from torch import nn
 
 from palmette.deploy import export_all
-from palmette.device import DeviceProfile
+from palmette.device import DeviceProfile, parse_latency
 from palmette.errors import InputError
 from palmette.files import write_json
 from palmette.graph.inputs import inputs_of
 from palmette.report.render import render
 from palmette.run import Run
+from palmette.supernet.latency import LatencyTable
 from palmette.supernet.memory import MemoryModel
 from palmette.supernet.sampling import check_feasible
 from palmette.supernet.specialize import Specialized, specialize
@@ -77,8 +78,24 @@ def parse_board(text: str) -> DeviceProfile:
         key = key.strip().replace("-", "_")
         if key not in fields:
             raise InputError(f"A board has no {key!r}", where=text, fix=f"It has {', '.join(sorted(fields))}.")
-        given[key] = float(value) if key == "latency_ms" else _FLAGS.get(value.strip(), value.strip())
+        given[key] = parse_latency(value) if key == "latency_ms" else _FLAGS.get(value.strip(), value.strip())
     return DeviceProfile(name=name, **given)
+
+
+def parse_tables(texts: Sequence[str], boards: Sequence[DeviceProfile]) -> dict[str, LatencyTable]:
+    """Tables of latencies by board, from texts "BOARD=FILE", or "FILE" for every board that bounds its latency.
+
+    Raises InputError for a board that is not there, and what `LatencyTable.load` raises.
+    """
+    found: dict[str, LatencyTable] = {}
+    known = [board.name for board in boards]
+    for text in texts:
+        name, equals, file = text.partition("=")
+        if equals and name not in known:
+            raise InputError(f"There is no board {name!r}", where=text, fix=f"Name one of {', '.join(known)}.")
+        table = LatencyTable.load(file if equals else text)
+        found |= dict.fromkeys([name] if equals else [b.name for b in boards if b.latency_ms is not None], table)
+    return found
 
 
 def run_boards(
@@ -88,6 +105,7 @@ def run_boards(
     test_loader: Iterable[Any] | None = None,
     *,
     boards: Sequence[DeviceProfile],
+    latency: Mapping[str, LatencyTable] | None = None,
     recipe: Recipe | None = None,
     example_inputs: Any = None,
     run_dir: str | Path = "runs/specialize",
@@ -100,6 +118,7 @@ def run_boards(
     """Make a supernet of `model`, train it once, and find the best network for each board; `model` stays untouched.
 
     The run folder gets the supernet's weights, for each board a folder with its network and exports, and a report.
+    latency: by the name of a board its table of latencies, for those that bound it.
     dry_run: say what is elastic and whether each board can be met; nothing is trained or written. names: what
     figures.json calls command, model and data.
 
@@ -112,8 +131,9 @@ def run_boards(
     example = inputs_of(next(iter(train_loader))) if example_inputs is None else example_inputs
     net = Supernet.from_model(model, example, **recipe.elastic)
     say(describe(net))
+    tables = dict(latency or {})
     for board in boards:
-        memory = MemoryModel(net, board)
+        memory = MemoryModel(net, board, latency=tables.get(board.name))
         check_feasible(memory)
         say(reach(memory))
     if dry_run:
@@ -138,6 +158,7 @@ def run_boards(
             val_loader,
             test_loader,
             profile=board,
+            latency=tables.get(board.name),
             source=model,
             measurements=recipe.measurements,
             rounds=recipe.rounds,
@@ -148,9 +169,8 @@ def run_boards(
             seed=seed,
             say=say,
         )
-        run.once(
-            f"export-{board.name}", partial(export_all, found.model, example, folder, batches=[example]), alone=True
-        )
+        sized = net.scaled(example, found.config)
+        run.once(f"export-{board.name}", partial(export_all, found.model, sized, folder, batches=[sized]), alone=True)
         made.append(found)
     write_json(run.path("figures.json"), _figures(run, net, recipe, made, history, names))
     return BoardsResult(net=net, boards=made, folder=run.folder, report=render(run.folder))
@@ -158,7 +178,7 @@ def run_boards(
 
 def describe(net: Supernet) -> str:
     """What is elastic in a supernet, in one line."""
-    kinds = {kind: len(net.space.of_kind(kind)) for kind in ("width", "depth", "kernel", "heads")}
+    kinds = {kind: len(net.space.of_kind(kind)) for kind in ("resolution", "width", "depth", "kernel", "heads")}
     found = ", ".join(f"{count} of {kind}" for kind, count in kinds.items() if count)
     static = f"{len(net.static)} layers stay as they are"
     return f"Supernet: {net.space.size():.3g} networks; choices: {found or 'none'}; {static}"
@@ -183,7 +203,7 @@ def _figures(
     history: list[dict[str, Any]],
     names: Mapping[str, str] | None,
 ) -> dict[str, Any]:
-    whole = MemoryModel(net, made[0].profile)
+    whole = MemoryModel(net, replace(made[0].profile, latency_ms=None))
     return {
         "kind": "specialize",
         "command": "",

@@ -50,6 +50,11 @@ class Codes:
             out[np.arange(len(codes)), self.first[choice.name] + codes[:, j]] = 1.0
         return out
 
+    def places(self, name: str, codes: Ints) -> Ints:
+        """The number of the value [n] of a choice in codes [n, choices]; zeros where there is no such choice."""
+        names = [choice.name for choice in self.choices]
+        return codes[:, names.index(name)] if name in names else np.zeros(len(codes), dtype=np.int64)
+
     def mattering(self, codes: Ints) -> Floats:
         """[n, width] as `onehot`, with zeros for a choice whose block is not there."""
         out = self.onehot(codes)

@@ -51,13 +51,8 @@ def features(memory: MemoryModel, seed: int = 0) -> Floats:
     codes, rng = memory.codes, np.random.default_rng(seed)
     count = _DRAWN * codes.width
     rows = np.stack([rng.integers(len(c.values), size=count) for c in codes.choices], axis=1)
-    onehot = codes.onehot(rows)
-    alive, steps = np.zeros(count), np.zeros(count)
-    for live, gone in memory.steps():
-        runs = onehot @ gone == 0
-        alive += np.where(runs, onehot @ live, 0.0)
-        steps += runs
-    amounts = np.stack([alive, steps], axis=1)
+    live = memory.live(rows)
+    amounts = np.stack([np.maximum(live, 0.0).sum(1), (live >= 0).sum(1)], axis=1)
     found: Floats = np.linalg.lstsq(codes.mattering(rows), amounts / amounts.mean(0), rcond=None)[0]
     return found
 

@@ -146,9 +146,10 @@ def measure_latencies(
 ) -> LatencyTable:
     """Time `count` sub-networks in a runtime of this machine, and fit the table from which any other's time follows.
 
-    Inputs have the size that the supernet was made with. Among the networks are the largest and the smallest; the
-    others are drawn from `seed`, small ones as often as large ones, and every fourth is kept for the error alone. path:
-    a JSON file that is written after every group of 4, and from which a later call goes on to the same networks.
+    Inputs have the size that the supernet was made with, or that a network's resolution says. Among the networks are
+    the largest and the smallest; the others are drawn from `seed`, small ones as often as large ones, and every fourth
+    is kept for the error alone. path: a JSON file that is written after every group of 4, and from which a later call
+    goes on to the same networks.
     budget_seconds: stop after the group that exceeds it, once there are 12. say: is told of the progress.
 
     Raises InputError for fewer than 12 networks, a space without so many, or an unknown runtime, MissingDependency
@@ -220,17 +221,25 @@ def fit_table(net: Supernet, device: Device, rows: Iterable[Row]) -> LatencyTabl
     return LatencyTable(device, float(vector[0]), entries, float(rates[0]), float(rates[1]), rows, error)
 
 
+def timed(net: Supernet, config: Config, table: LatencyTable) -> float:
+    """Milliseconds of a network now, on the table's scale: its time over the largest's, times the table's largest."""
+    row = _timed(net, [(1, config)], table.device)[0]
+    return row.ratio * statistics.median(other.reference_ms for other in table.rows)
+
+
 def _timed(net: Supernet, group: list[tuple[int, Config]], device: Device) -> list[Row]:
     """The networks of a group (number, configuration), timed in turn with the largest."""
     networks: dict[str, Any] = {"largest": net.extract(net.max())}
     networks |= {str(i): net.extract(config) for i, config in group}
-    inputs = with_batch(example_of(net.network), device.batch)
     sync = torch.cuda.synchronize if next(net.parameters()).is_cuda else None
     before = torch.get_num_threads()
     torch.set_num_threads(device.threads)
     try:
         with evaluating(*networks.values()):
-            passes = runners(networks, inputs, device.runtime, device.threads, fast=True)
+            passes: dict[str, Callable[[], Any]] = {}
+            for name, network in networks.items():  # one by one: each has inputs of its own resolution
+                inputs = with_batch(example_of(network), device.batch)
+                passes |= runners({name: network}, inputs, device.runtime, device.threads, fast=True)
             with torch.inference_mode():
                 samples = _rounds(passes, sync)
     finally:

@@ -1,30 +1,38 @@
 """What every configuration of a supernet needs of a device, from tables: bytes of RAM and of flash.
 
-The graph of the largest network is followed once. A tensor has one axis that a configuration narrows, so its size is a
-sum over the choices, and what is alive at a step is a sum over its tensors: a hundred thousand configurations are one
-product of matrices. Weights are products of what is written and what is read.
+The graph of the largest network is followed once, for each resolution of its images. A tensor has one axis that a
+configuration narrows, so its size is a sum over the choices, and what is alive at a step is a sum over its tensors: a
+hundred thousand configurations are one product of matrices. Weights are products of what is written and what is read.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import fx
 
-from palmette.device import DeviceProfile
+from palmette.device import DeviceProfile, parse_latency
+from palmette.errors import InputError
+from palmette.graph.capture import example_of
 from palmette.graph.channel_rules import ELEMENTWISE
 from palmette.graph.ops import BATCH_NORMS, CONVOLUTIONS, ChannelAffine, module_of, op_name
 from palmette.meter.memory import Step, follow
 from palmette.supernet.codes import Codes, Floats, Ints
+from palmette.supernet.resolution import RESOLUTION, at_edge, edge_of
 from palmette.supernet.space import Config
 from palmette.supernet.supernet import Supernet
 from palmette.supernet.weights import Weights
 
+if TYPE_CHECKING:
+    from palmette.supernet.latency import LatencyTable
+
 _CHUNK = 8192
+CLOSE = 1e-5
+"""Share of a bound on latency by which rounding may pass it."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,26 @@ class Binding:
     peak_bytes: int
 
 
+@dataclass(frozen=True)
+class _Tables:
+    """What a code needs at one resolution: sizes of storages, when they are alive, what kernels take for themselves.
+
+    Shapes: sizes [width, storages], alive [steps, storages], scratch [width, steps].
+    """
+
+    sizes: Floats
+    alive: Floats
+    scratch: Floats
+
+    def live(self, onehot: Floats) -> Floats:
+        """Bytes alive [n, steps] of one-hot codes [n, width], for steps that run."""
+        return (onehot @ self.sizes) @ self.alive.T + onehot @ self.scratch
+
+    def steps(self) -> Floats:
+        """For each step the vector that times a code gives the bytes alive, [steps, width]."""
+        return (self.sizes @ self.alive.T + self.scratch).T
+
+
 class MemoryModel:
     """Bytes of RAM for activations, and of weights, of any configuration of a supernet under a device profile.
 
@@ -42,15 +70,38 @@ class MemoryModel:
     kernel allocates for itself counts as it does in `palmette.meter.memory`. With `profile.inplace_elementwise` an
     activation, a norm or a sum takes the place of an operand that nothing reads afterwards; with
     `profile.inplace_depthwise` a depthwise convolution does too.
+
+    latency: what `measure_latencies` found on the device; needed where the profile bounds the latency. Raises
+    InputError for a bound on latency without a table, or a table of another space.
     """
 
-    def __init__(self, net: Supernet, profile: DeviceProfile | None = None) -> None:
-        self.net, self.profile = net, profile or DeviceProfile()
+    def __init__(
+        self, net: Supernet, profile: DeviceProfile | None = None, *, latency: LatencyTable | None = None
+    ) -> None:
+        self.net, self.profile, self.latency = net, profile or DeviceProfile(), latency
         self._item = self.profile.element_bytes
         self.codes = Codes(net.sites, net.space.choices)
+        if self.profile.latency_ms is not None:
+            if latency is None:
+                raise InputError(
+                    "A bound on latency needs a table of latencies",
+                    where=f"profile {self.profile.name!r}",
+                    why="times cannot be computed, only measured",
+                    fix="Measure one with measure_latencies(net) or `palmette profile`, and pass it as latency.",
+                )
+            latency.vector(self.codes)
         self._nodes = list(net.network.graph.nodes)
-        self._follow(follow(net.network, 1, self.profile.operators))
-        self.weights = Weights(net, self.codes, self._item)
+        self.resolutions = net.sites.resolution or (edge_of(example_of(net.network)),)
+        graphs = [at_edge(net.network, edge) for edge in net.sites.resolution] or [net.network]
+        inside, beside = self.codes.gone()
+        gone, stays = {**inside, **beside}, np.zeros(self.codes.width)
+        self.gone = np.stack([gone.get(n, stays) for n in self._nodes])
+        """For each step the vector [steps, width] that times a code is 1 where the step does not run, else 0."""
+        self._tables = [
+            self._follow(follow(graph, 1, self.profile.operators), edge, beside)
+            for graph, edge in zip(graphs, self.resolutions, strict=True)
+        ]
+        self.weights = Weights(net, self.codes, self._item, graphs)
 
     def bounded(self, *, ram: int) -> MemoryModel:
         """The same model with another bound on RAM; nothing is followed again."""
@@ -62,7 +113,7 @@ class MemoryModel:
 
     def peak_bytes(self, codes: Ints) -> Ints:
         """Largest number of bytes of activations that are alive at once, [n], of codes [n, choices]."""
-        parts = [self._live(codes[i : i + _CHUNK]).max(1) for i in range(0, len(codes), _CHUNK)]
+        parts = [self.live(codes[i : i + _CHUNK]).max(1) for i in range(0, len(codes), _CHUNK)]
         return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
 
     def param_bytes(self, codes: Ints) -> Ints:
@@ -74,6 +125,12 @@ class MemoryModel:
         ram = self.peak_bytes(codes) + self.profile.reserve_bytes
         return ram if self.profile.weights_in == "flash" else ram + self.param_bytes(codes)
 
+    def latency_ms(self, codes: Ints) -> Floats:
+        """Milliseconds [n] by the table of latencies. Raises InputError where none was given."""
+        if self.latency is None:
+            raise InputError("No table of latencies was given", fix="Pass one: MemoryModel(net, profile, latency=...).")
+        return self.latency.predict(self, codes)
+
     def fits(self, codes: Ints) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """Whether each configuration [n] keeps the bounds of the profile."""
         ok = np.ones(len(codes), dtype=bool)
@@ -81,22 +138,24 @@ class MemoryModel:
             ok &= self.ram_bytes(codes) <= self.profile.ram_bytes
         if self.profile.flash_bytes is not None:
             ok &= self.param_bytes(codes) <= self.profile.flash_bytes
+        if self.profile.latency_ms is not None:
+            ok &= self.latency_ms(codes) <= (1 + CLOSE) * parse_latency(self.profile.latency_ms)
         return ok
 
     def binding(self, config: Config) -> Binding:
         """The step at which a configuration needs most."""
-        live = self._live(self.codes.encode([config]))[0]
+        live = self.live(self.codes.encode([config]))[0]
         step = int(live.argmax())
         return Binding(str(self._nodes[step].meta.get("path", self._nodes[step].name)), int(live[step]))
 
     def per_step(self, config: Config) -> list[tuple[str, int]]:
         """Path and bytes alive of every step that runs, in order."""
-        live = self._live(self.codes.encode([config]))[0]
+        live = self.live(self.codes.encode([config]))[0]
         return [(str(n.meta.get("path", n.name)), int(b)) for n, b in zip(self._nodes, live, strict=True) if b > -1]
 
     # -- tables --------------------------------------------------------------------------------------------------------
 
-    def _follow(self, steps: Sequence[Step]) -> None:
+    def _follow(self, steps: Sequence[Step], edge: int, beside: Mapping[fx.Node, Floats]) -> _Tables:
         """Sizes of the storages, when they are alive, and what a code makes of them."""
         birth: dict[int, int] = {}
         death: dict[int, int] = {}
@@ -108,20 +167,17 @@ class MemoryModel:
             for storage in (step.used | step.returned.keys()) & size.keys():
                 death[storage] = position
         order = list(size)
-        self._alive = np.zeros((len(steps), len(order)))
+        alive = np.zeros((len(steps), len(order)))
         for t, storage in enumerate(order):
-            self._alive[birth[storage] : death[storage] + 1, t] = 1.0
+            alive[birth[storage] : death[storage] + 1, t] = 1.0
         for s, step in enumerate(steps):
             overwritten = self._overwrites(self._nodes[s], step, {k: size[k] for k in step.used if death.get(k) == s})
             if overwritten is not None:
-                self._alive[s, order.index(overwritten)] = 0.0
-        inside, beside = self.codes.gone()
-        self._sizes = np.stack([self._size(self._nodes[birth[k]], size[k], beside) for k in order], axis=1)
-        fewest = self._fewest_heads()
+                alive[s, order.index(overwritten)] = 0.0
+        sizes = np.stack([self._size(self._nodes[birth[k]], size[k], beside) for k in order], axis=1)
+        fewest = self._fewest_heads(edge)
         extra = [self._scratch_of(n, _extra(s), fewest) for n, s in zip(self._nodes, steps, strict=True)]
-        self._scratch = np.stack(extra, axis=1)
-        gone, stays = {**inside, **beside}, np.zeros(self.codes.width)
-        self._gone = np.stack([gone.get(n, stays) for n in self._nodes], axis=1)
+        return _Tables(sizes, alive, np.stack(extra, axis=1))
 
     def _overwrites(self, node: fx.Node, step: Step, dying: Mapping[int, int]) -> int | None:
         """The operand whose place the node's result takes, where the profile lets it."""
@@ -146,12 +202,15 @@ class MemoryModel:
         whole = self.codes.constant(amount * scale)
         return whole if absent is None else whole - amount * scale * absent
 
-    def _fewest_heads(self) -> dict[str, int]:
+    def _fewest_heads(self, edge: int) -> dict[str, int]:
         """What each attention allocates for itself with its fewest heads, by path: a part does not follow them."""
         sites = self.net.sites.heads
         if not sites:
             return {}
-        small = self.net.extract({**self.net.max(), **{name: values[0] for name, (_, values) in sites.items()}})
+        fewest = {name: values[0] for name, (_, values) in sites.items()}
+        small = self.net.extract(
+            {**self.net.max(), **fewest, **({RESOLUTION: edge} if self.net.sites.resolution else {})}
+        )
         own = zip(small.graph.nodes, follow(small, 1, self.profile.operators), strict=True)
         paths = {head.name for head, _ in sites.values()}
         return {str(n.meta["path"]): _extra(step) for n, step in own if n.meta.get("path") in paths}
@@ -170,16 +229,18 @@ class MemoryModel:
             return self.codes.kept(classes) * (amount * scale / len(classes))
         return self.codes.constant(amount * scale)
 
-    def steps(self) -> Iterator[tuple[Floats, Floats]]:
-        """For each step two vectors [width]: times a code, the bytes alive, and 1 if the step does not run."""
-        live = self._sizes @ self._alive.T + self._scratch
-        yield from zip(live.T, self._gone.T, strict=True)
+    def steps(self, place: int) -> Floats:
+        """For each step the vector [steps, width] that times a code of that resolution gives the bytes alive."""
+        return self._tables[place].steps()
 
-    def _live(self, codes: Ints) -> Floats:
+    def live(self, codes: Ints) -> Floats:
         """Bytes alive [n, steps]; -1 at steps that do not run."""
         onehot = self.codes.onehot(codes)
-        live = (onehot @ self._sizes) @ self._alive.T + onehot @ self._scratch
-        return np.where(onehot @ self._gone > 0, -1.0, live)
+        places = self.codes.places(RESOLUTION, codes)
+        live = np.zeros((len(codes), len(self._nodes)))
+        for place in np.unique(places):
+            live[places == place] = self._tables[place].live(onehot[places == place])
+        return np.where(onehot @ self.gone.T > 0, -1.0, live)
 
 
 def _extra(step: Step) -> int:

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from palmette import compat
-from palmette.errors import InputError
+from palmette.device import parse_latency
 from palmette.supernet.codes import Floats, Ints
-from palmette.supernet.latency import LatencyTable
 from palmette.supernet.memory import MemoryModel
+from palmette.supernet.resolution import RESOLUTION
 
 Product = tuple[int, ...]
 """Columns of a one-hot code whose product is meant, ascending; () is the number one."""
@@ -35,31 +35,16 @@ class Optimum:
 
 
 class Optimizer:
-    """Solves for the best configuration under the bounds of a memory model's profile.
+    """Solves for the best configuration under the bounds of a memory model's profile, each resolution on its own.
 
-    latency: what `measure_latencies` found on the device; needed where the profile bounds the latency, which is then
-    one more constraint. Raises MissingDependency without scipy, InputError for a bound on latency without a
-    table, or a table of another space.
+    Raises MissingDependency without scipy.
     """
 
-    def __init__(self, memory: MemoryModel, latency: LatencyTable | None = None) -> None:
+    def __init__(self, memory: MemoryModel) -> None:
         self.memory, self.codes = memory, memory.codes
-        self._latency: dict[Product, float] | None = None
-        if memory.profile.latency_ms is not None:
-            if latency is None:
-                raise InputError(
-                    "A bound on latency needs a table of latencies",
-                    where=f"profile {memory.profile.name!r}",
-                    why="times cannot be computed, only measured",
-                    fix="Measure one with measure_latencies(net) or `palmette profile`, and pass it as latency.",
-                )
-            self._latency = self._objective(latency.vector(self.codes))
-            for rate, parts in ((latency.ms_per_mac, "mac_terms"), (latency.ms_per_byte, "terms")):
-                for product, amount in getattr(memory.weights, parts)().items() if rate else ():
-                    _add(self._latency, product, rate * amount)
         self._scipy: Any = compat.optional("scipy.optimize", package="palmette[search]")
         self._sparse: Any = compat.optional("scipy.sparse", package="palmette[search]")
-        self._bounds = self._bounded()
+        self._bounds = [self._bounded(place) for place in range(len(memory.resolutions))]
 
     def best(self, weights: Floats, *, excluded: Ints | None = None) -> Optimum | None:
         """The configuration whose code has the largest product with `weights`; None if none keeps the bounds.
@@ -67,26 +52,30 @@ class Optimizer:
         weights: [codes.width]; what a choice that does not matter in a configuration weighs is left out. excluded:
         codes [n, choices] that must not be the answer.
         """
-        program = self._bounds.copy()
-        for code in () if excluded is None else excluded:
-            columns = self._said(code)
-            program.at_most({(column,): 1.0 for column in columns}, len(columns) - 1)
-        found = program.maximum(self._objective(weights), self._scipy, self._sparse)
-        if found is None:
+        found = []
+        for bounds in self._bounds:
+            program = bounds.copy()
+            for code in () if excluded is None else excluded:
+                columns = self._said(code)
+                program.at_most({(column,): 1.0 for column in columns}, len(columns) - 1)
+            found.append(program.maximum(self._objective(weights), self._scipy, self._sparse))
+        answers = [answer for answer in found if answer is not None]
+        if not answers:
             return None
-        onehot, value = found
+        onehot, value = max(answers, key=lambda answer: answer[1])
         code = np.array([int(onehot[span].argmax()) for span in self._spans()])
         return Optimum(self.memory.net.space.canonical(self.codes.decode(code)), value)
 
-    def _bounded(self) -> _Program:
-        """One value for every choice, within the profile's bounds."""
+    def _bounded(self, place: int) -> _Program:
+        """One value for every choice, that number of the resolutions, within the profile's bounds."""
         program = _Program(self.codes.width)
         for span in self._spans():
             program.equal({(column,): 1.0 for column in range(span.start, span.stop)}, 1.0)
-        self._bound_ram(program)
+        if RESOLUTION in self.codes.first:
+            program.equal({(self.codes.first[RESOLUTION] + place,): 1.0}, 1.0)
+        self._bound_ram(program, place)
         self._bound_flash(program)
-        if self._latency is not None:
-            program.at_most(self._latency, float(self.memory.profile.latency_ms or 0.0))
+        self._bound_latency(program)
         return program
 
     def _said(self, code: Ints) -> list[int]:
@@ -111,13 +100,13 @@ class Optimizer:
                         _add(terms, pair, float(weights[first + i]))
         return terms
 
-    def _bound_ram(self, program: _Program) -> None:
+    def _bound_ram(self, program: _Program, place: int) -> None:
         profile = self.memory.profile
         if profile.ram_bytes is None:
             return
         room = profile.ram_bytes - profile.reserve_bytes + SLACK
         parameters = {} if profile.weights_in == "flash" else self.memory.weights.terms()
-        for live, gone in self.memory.steps():
+        for live, gone in zip(self.memory.steps(place), self.memory.gone, strict=True):
             terms: dict[Product, float] = {(): float(live[0])}
             terms |= {(int(c),): float(live[c]) for c in np.flatnonzero(live) if c}
             most = float(live[0] + sum(max(0.0, float(live[s].max())) for s in self._spans()))
@@ -131,6 +120,18 @@ class Optimizer:
     def _bound_flash(self, program: _Program) -> None:
         if self.memory.profile.flash_bytes is not None:
             program.at_most(self.memory.weights.terms(), self.memory.profile.flash_bytes + SLACK)
+
+    def _bound_latency(self, program: _Program) -> None:
+        bound, table = self.memory.profile.latency_ms, self.memory.latency
+        if bound is None or table is None:
+            return
+        terms = self._objective(table.vector(self.codes))
+        weights = self.memory.weights
+        for rate, work in ((table.ms_per_mac, weights.mac_terms), (table.ms_per_byte, weights.terms)):
+            for product, amount in work().items() if rate else ():
+                _add(terms, product, rate * amount)
+        whole = parse_latency(bound)  # the solver's tolerance is one of rows near 1
+        program.at_most({product: amount / whole for product, amount in terms.items()}, 1.0)
 
     def _spans(self) -> list[slice]:
         first = self.codes.first

@@ -28,12 +28,17 @@ FIRST_SHARE = 0.5
 
 @dataclass(frozen=True)
 class Found:
-    """One network that was measured. `promised`: what the predictor had said; None for one drawn at random."""
+    """One network that was measured.
+
+    `latency_ms`: by the table of latencies, None without one. `promised`: what the predictor had said; None for one
+    drawn at random.
+    """
 
     config: Config
     value: float
     ram_bytes: int
     param_bytes: int
+    latency_ms: float | None = None
     promised: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -61,7 +66,12 @@ class Search:
     @property
     def taken(self) -> Found:
         """The best of all that were measured, the control included: what is known is not thrown away."""
-        return _best([*self.found, *self.random])
+        return self.ranked()[0]
+
+    def ranked(self) -> list[Found]:
+        """All that were measured, each once, the best first; of equals the one that needs less."""
+        every = {key_of(f.config): f for f in (*self.random, *self.found)}
+        return sorted(every.values(), key=lambda f: (-f.value, f.ram_bytes, f.param_bytes))
 
     def promise(self) -> dict[str, Any] | None:
         """How promises and measurements agree, with intervals; None for fewer than three promises."""
@@ -119,7 +129,9 @@ def _different(memory: MemoryModel, codes: Ints) -> list[Config]:
 
 def _found(memory: MemoryModel, config: Config, value: float, promised: float | None = None) -> Found:
     code = memory.codes.encode([config])
-    return Found(config, value, int(memory.ram_bytes(code)[0]), int(memory.param_bytes(code)[0]), promised)
+    ram, params = int(memory.ram_bytes(code)[0]), int(memory.param_bytes(code)[0])
+    took = None if memory.latency is None else float(memory.latency_ms(code)[0])
+    return Found(config, value, ram, params, took, promised)
 
 
 def _proposals(memory: MemoryModel, solver: Optimizer, found: list[Found], count: int) -> list[tuple[Config, float]]:

@@ -20,6 +20,7 @@ from palmette.graph.paths import Reader
 from palmette.graph.resize import decide, ranges
 from palmette.graph.spans import Run
 from palmette.supernet.elastic import Cut
+from palmette.supernet.resolution import RESOLUTION
 from palmette.supernet.space import Choice, Config, Space
 
 
@@ -176,6 +177,7 @@ class Sites:
         kernel: Sequence[int],
         heads: Sequence[float],
         round_to: int,
+        resolution: tuple[int, ...] = (),
     ) -> None:
         self.channels = Channels(gm)
         self.static: dict[str, str] = {}
@@ -183,7 +185,7 @@ class Sites:
         self.kernels: dict[str, tuple[str, tuple[int, ...]]] = {}
         self.heads: dict[str, tuple[HeadSite, tuple[int, ...]]] = {}
         self.stages: dict[str, tuple[Stage, tuple[int, ...]]] = {}
-        self.gm = gm
+        self.gm, self.resolution = gm, resolution
         if width:
             self._find_widths(width, round_to, protect)
         if heads:
@@ -197,7 +199,7 @@ class Sites:
     def _find_widths(self, ratios: Sequence[float], round_to: int, protect: tuple[str, ...]) -> None:
         for site in width_sites(self.channels, protect):
             values = widths(len(site.classes), ratios, round_to)
-            reason = site.reason or ("" if len(values) > 1 else "it has too few channels")
+            reason = site.reason or ("" if len(values) > 1 else "no share of its channels is another number")
             if reason:
                 self.static[site.name] = reason
             else:
@@ -209,7 +211,7 @@ class Sites:
             reason = site.reason or ("it is protected" if is_protected(site.name, protect) else "")
             values = widths(site.count, ratios, 1)
             if reason or len(values) == 1:
-                self.static[site.name] = reason or "it has one head"
+                self.static[site.name] = reason or "no share of its heads is another number"
             else:
                 self.heads[f"heads:{site.name}"] = site, values
                 for path in site.paths:
@@ -235,7 +237,8 @@ class Sites:
             found = {owners.get(n) for n in nodes}
             return found.pop() if len(found) == 1 else None
 
-        choices = [Choice(name, "depth", values) for name, (_, values) in self.stages.items()]
+        choices = [Choice(RESOLUTION, "resolution", self.resolution)] if self.resolution else []
+        choices += [Choice(name, "depth", values) for name, (_, values) in self.stages.items()]
         choices += [Choice(n, "width", values, owner(site.writers)) for n, (site, values) in self.widths.items()]
         choices += [Choice(n, "kernel", values, owner([by_path[p]])) for n, (p, values) in self.kernels.items()]
         choices += [Choice(n, "heads", values, owner([site.node])) for n, (site, values) in self.heads.items()]

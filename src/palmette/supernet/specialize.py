@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from palmette.device import DeviceProfile, format_bytes
+from palmette.device import DeviceProfile, format_bytes, parse_latency
 from palmette.errors import InputError, VerifyError
 from palmette.files import write_json
 from palmette.graph.io import save as save_network
@@ -18,7 +18,10 @@ from palmette.meter.compute import param_bytes
 from palmette.meter.memory import peak_bytes
 from palmette.run import Run
 from palmette.seeding import seeded
+from palmette.supernet.clock import Timed, in_time
+from palmette.supernet.latency import LatencyTable
 from palmette.supernet.memory import MemoryModel
+from palmette.supernet.resolution import RESOLUTION
 from palmette.supernet.sampling import check_feasible
 from palmette.supernet.search import Found, Search, search
 from palmette.supernet.space import Config, key_of
@@ -37,7 +40,7 @@ class Specialized:
     `model`: plain, with weights of its own; the best of all that were measured, drawn ones included. `found`: what the
     search says of it; `measured`: bytes of activations and parameters by the meter on `model`; `evaluation`: on test
     data if there were any, else on validation data. `random`: the best of as many networks drawn at random, on the same
-    data. `steps`: path and bytes alive of each operation.
+    data. `steps`: path and bytes alive of each operation. `latency`: of the answer, where the device bounds it.
     """
 
     profile: DeviceProfile
@@ -49,6 +52,7 @@ class Specialized:
     random: dict[str, Any]
     search: Search = field(repr=False)
     steps: list[tuple[str, int]] = field(repr=False)
+    latency: Timed | None = None
     split: str = "val"
     folder: Path | None = None
 
@@ -62,6 +66,8 @@ class Specialized:
             f"{self.profile.name}: {_bounds(self.profile)}",
             f"accuracy: {100 * self.evaluation.accuracy:.2f} % [{low:.1f}, {high:.1f}], {what}",
             f"RAM: {ram:,} bytes ({format_bytes(ram)}); parameters: {params:,} bytes ({format_bytes(params)})",
+            *([] if self.latency is None else [f"latency: {self.latency}"]),
+            *([f"images: {self.config[RESOLUTION]} pixels"] if RESOLUTION in self.config else []),
             f"validation: search {value:.2f} %, {tried} networks; random {chance:.2f} %, {drawn}; the better was taken",
         ]
         return "\n".join(lines)
@@ -79,6 +85,7 @@ class Specialized:
             "measurements": [f.to_dict() for f in self.search.found],
             "control": [f.to_dict() for f in self.search.random],
             "promise": self.search.promise(),
+            "latency": None if self.latency is None else self.latency.to_dict(),
             "steps": [list(step) for step in self.steps],
         }
 
@@ -90,6 +97,7 @@ def specialize(
     test_loader: Iterable[Any] | None = None,
     *,
     profile: DeviceProfile,
+    latency: LatencyTable | None = None,
     source: nn.Module | None = None,
     measurements: int = 40,
     rounds: int = 3,
@@ -106,21 +114,25 @@ def specialize(
 
     Each candidate has its batch norms measured on `batches` batches of `train_loader` and is judged on `val_loader`;
     test data are looked at once, for the answer and the control. measurements: networks that are judged, half of them
-    drawn among those that fit, half proposed. control: judge as many drawn at random. run_dir: a folder for the
-    network (model.safetensors, for `pm.load` with `source`, the model that the supernet was made from), figures.json
-    and each measurement, so that an interrupted search goes on with `resume`.
+    drawn among those that fit, half proposed. latency: a table of the device, needed where the profile bounds the
+    latency; on the table's machine the best are timed, and one that proves too slow gives way to the next. control:
+    judge as many drawn at random. run_dir: a folder for the network (model.safetensors, for `pm.load` with `source`,
+    the model that the supernet was made from), figures.json and each measurement, so that an interrupted search goes
+    on with `resume`.
 
     Raises BudgetError at once if nothing fits, with the smallest need and what binds; InputError for options out of
-    bounds; VerifyError if the answer needs more than was computed; RunError for a folder that cannot be used.
+    bounds, or a bound on latency without a table; VerifyError if the answer needs more than was computed; RunError for
+    a folder that cannot be used.
     """
     if measurements < 10 or rounds < 1 or batches < 1:
         raise InputError(
             f"measurements = {measurements}, rounds = {rounds}, batches = {batches} are out of bounds",
             fix="Give at least 10, 1 and 1.",
         )
-    memory = MemoryModel(net, profile)
+    memory = MemoryModel(net, profile, latency=latency)
     check_feasible(memory)
     options = {"profile": str(profile), "measurements": measurements, "rounds": rounds, "batches": batches}
+    options |= {} if latency is None else {"latency": str(latency.device), "base_ms": latency.base_ms}
     run = None if run_dir is None else Run(run_dir, resume=resume, config=options, seed=seed)
     say = say or (lambda _: None)
     judge = _Judge(net, train_loader, batches, run, seed)
@@ -133,7 +145,9 @@ def specialize(
 
         result = search(memory, measure, measurements=measurements, rounds=rounds, control=control, seed=seed)
     split, loader = ("val", val_loader) if test_loader is None else ("test", test_loader)
-    best, chance = result.taken, result.best_random
+    best, chance, clock = result.taken, result.best_random, None
+    if latency is not None and profile.latency_ms is not None:
+        best, clock = in_time(net, latency, parse_latency(profile.latency_ms), result.ranked(), say)
     say(f"{profile.name}: {judge.seen} networks measured, the best has {100 * best.value:.2f} % on validation")
     answers = [judge(f.config, loader, split, metric, loss_fn) for f in (best, chance)]
     model = net.extract(best.config)
@@ -147,6 +161,7 @@ def specialize(
         random={"config": chance.config, "evaluation": answers[1].to_dict(), "measured": len(result.random)},
         search=result,
         steps=memory.per_step(best.config),
+        latency=clock,
         split=split,
         folder=None if run is None else run.folder,
     )
@@ -204,4 +219,6 @@ def _bounds(profile: DeviceProfile) -> str:
         for name, bytes_ in (("RAM", profile.ram_bytes), ("flash", profile.flash_bytes))
         if bytes_ is not None
     ]
+    if profile.latency_ms is not None:
+        parts.append(f"{parse_latency(profile.latency_ms):.4g} ms")
     return f"{' and '.join(parts) or 'no bounds'}, {profile.dtype}, weights in {profile.weights_in}"

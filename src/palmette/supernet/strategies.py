@@ -94,7 +94,7 @@ def phases(space: Space) -> list[tuple[str, int, Draw]]:
     """Name, number of sub-networks in a step and draw of each phase of progressive shrinking.
 
     Kernels first, then the depth, then widths and heads; each of the last two first with its two largest values, as in
-    Once-for-All (ICLR 2020, section 3.3), and what an earlier phase opened stays open.
+    Once-for-All (ICLR 2020, section 3.3), and what an earlier phase opened stays open. The resolution is open in all.
     """
     order: Sequence[tuple[str, int, dict[str, int | None]]] = (
         ("kernel", 1, {"kernel": None}),
@@ -105,7 +105,8 @@ def phases(space: Space) -> list[tuple[str, int, Draw]]:
     )
     found: list[tuple[str, int, Draw]] = []
     before = None
-    for name, count, open_kinds in order:
+    for name, count, opened in order:
+        open_kinds: dict[str, int | None] = {**opened, "resolution": None}
         allowed = {
             c.name: c.values[-(open_kinds[c.kind] or len(c.values)) :] if c.kind in open_kinds else c.values[-1:]
             for c in space.choices

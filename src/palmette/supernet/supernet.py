@@ -24,6 +24,7 @@ from palmette.graph.plan import Plan, drop
 from palmette.graph.resize import resize
 from palmette.graph.spans import name_of
 from palmette.supernet.elastic import Cut, Runner
+from palmette.supernet.resolution import RESOLUTION, edge_of, resized, resolutions, set_edge
 from palmette.supernet.sites import Sites
 from palmette.supernet.space import Config, key_of
 
@@ -55,6 +56,7 @@ class Supernet(nn.Module):
         depth: int = 2,
         kernel: Sequence[int] = (3, 5, 7),
         heads: Sequence[float] = (0.5, 0.75, 1.0),
+        resolution: Sequence[int] = (),
         round_to: int = 8,
         protect: Iterable[str] = (),
     ) -> Supernet:
@@ -63,12 +65,15 @@ class Supernet(nn.Module):
         example_inputs: tensors [batch, ...]. width: shares of the channels of every group, rounded to multiples of
         `round_to`. depth: blocks that may be left out at the end of each chain of residual blocks of one shape (layers
         of a transformer count as one). kernel: edges to which larger kernels may be cropped. heads: shares of the
-        attention heads. An empty sequence, or a depth of 0, leaves that side alone. protect: path prefixes of what
-        stays whole. Raises CaptureError for a network that does not trace, InputError for options out of bounds.
+        attention heads. resolution: edges in pixels to which square images may be scaled before the network sees them.
+        An empty sequence, or a depth of 0, leaves that side alone. protect: path prefixes of what stays whole. Raises
+        CaptureError for a network that does not trace, InputError for options out of bounds.
         """
         _check(width, depth, heads, round_to)
         gm = capture(model, example_inputs)
-        sites = Sites(gm, tuple(protect), width, depth, kernel, heads, round_to)
+        edges, static = resolutions(model, gm, example_inputs, resolution)
+        sites = Sites(gm, tuple(protect), width, depth, kernel, heads, round_to, edges)
+        sites.static |= static
         return Supernet(gm, sites)
 
     # -- what is active ------------------------------------------------------------------------------------------------
@@ -100,8 +105,9 @@ class Supernet(nn.Module):
             self.active = before
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The output of the active configuration."""
+        """The output of the active configuration, for images scaled to its resolution where that is a choice."""
         key = key_of(self.active)
+        args, kwargs = self.scaled((args, kwargs))
         if self.active == self.space.max() and (self.training or key not in self._statistics):
             return self.network(*args, **kwargs)
         runner = self._runners.pop(key, None) or Runner(self.network, self.cut(self.active))
@@ -116,12 +122,17 @@ class Supernet(nn.Module):
         """What a configuration leaves of the network."""
         return self.sites.cut(self.space.canonical(config))
 
+    def scaled(self, inputs: Any, config: Mapping[str, int] | None = None) -> Any:
+        """Inputs as the network of a configuration (if not given, of the active one) wants them: images of its size."""
+        edge = (self.active if config is None else config).get(RESOLUTION)
+        return inputs if edge is None else resized(inputs, edge)
+
     def extract(self, config: Mapping[str, int] | None = None) -> fx.GraphModule:
         """The plain network of a configuration (if not given, of the active one), with its own copies of the weights.
 
-        It computes what `forward` computes with that configuration active, to rounding, and can be saved, loaded into
-        the model that the supernet was made from, exported and healed. Batch norms have the statistics of
-        `recalibrate`, if that was called for the configuration.
+        It computes what `forward` computes with that configuration active, to rounding, from inputs as `scaled` gives
+        them, and can be saved, loaded into the model that the supernet was made from, exported and healed. Batch norms
+        have the statistics of `recalibrate`, if that was called for the configuration.
         """
         config = self.active if config is None else self.space.canonical(config)
         cut = self.cut(config)
@@ -134,6 +145,8 @@ class Supernet(nn.Module):
         for path, (mean, variance) in self._statistics.get(key_of(config), {}).items():
             norms[path].running_mean.copy_(mean)
             norms[path].running_var.copy_(variance)
+        if config.get(RESOLUTION, edge_of(example)) != edge_of(example):
+            set_edge(gm, config[RESOLUTION])
         return gm
 
     @torch.no_grad()
@@ -160,7 +173,7 @@ class Supernet(nn.Module):
         for batch in loader:
             if seen == batches:
                 break
-            call(gm, to_device(inputs_of(batch), device))
+            call(gm, self.scaled(to_device(inputs_of(batch), device), config))
             seen += 1
         if not seen:
             raise DataError("The loader is empty", fix="Give it at least one batch.")

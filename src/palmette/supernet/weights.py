@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -12,13 +12,15 @@ from palmette.graph.channel_rules import first
 from palmette.graph.ops import get_tensor
 from palmette.meter.compute import node_macs
 from palmette.supernet.codes import Codes, Floats, Ints
+from palmette.supernet.resolution import RESOLUTION
 from palmette.supernet.supernet import Supernet
 
 
 class Weights:
     """Parameters of configurations: for each tensor the product of its axes, each a sum over choices."""
 
-    def __init__(self, net: Supernet, tables: Codes, item: int) -> None:
+    def __init__(self, net: Supernet, tables: Codes, item: int, graphs: Sequence[fx.GraphModule]) -> None:
+        """`graphs`: the network with its shapes at each resolution."""
         self.net, self.codes, self.item = net, tables, item
         self._heads = {
             (path, side): (name, heads, site, values)
@@ -30,8 +32,8 @@ class Weights:
         gone = {**inside, **beside}
         seen: set[int] = set()
         self.parts: list[tuple[list[Floats], Floats]] = []
-        self.uses: list[tuple[list[Floats], Floats, float]] = []
-        for node in net.network.graph.nodes:
+        self.uses: list[tuple[list[Floats], Floats]] = []
+        for node, *sized in zip(net.network.graph.nodes, *(graph.graph.nodes for graph in graphs), strict=True):
             absent = gone.get(node, np.zeros(tables.width))
             for leaf, tensor in _parameters_of(net.network, node):
                 axes = self._axes(node, leaf, tensor)
@@ -39,7 +41,7 @@ class Weights:
                     seen.add(id(tensor))
                     self.parts.append((axes, absent))
                 if leaf == "weight" and node.op == "call_module":
-                    self.uses.append((axes, absent, node_macs(node) / tensor.numel() / node.meta["shape"][0]))
+                    self.uses.append(([*axes, self._often(sized, tensor.numel())], absent))
 
     def __call__(self, codes: Ints) -> Ints:
         """Bytes [n] of the parameters of codes [n, choices]."""
@@ -48,25 +50,27 @@ class Weights:
         return (total * self.item).astype(np.int64)
 
     def macs(self, codes: Ints) -> Ints:
-        """Multiply-adds [n] with a weight, for one sample of codes [n, choices]; products of activations not counted.
-
-        At the size of inputs that the supernet was made with.
-        """
+        """Multiply-adds [n] with a weight, for a sample, of codes [n, choices]; products of activations not counted."""
         onehot = self.codes.onehot(codes)
-        parts = (often * _amounts(onehot, axes, gone) for axes, gone, often in self.uses if often)
+        parts = (_amounts(onehot, axes, gone) for axes, gone in self.uses)
         return np.rint(sum(parts, np.zeros(len(codes)))).astype(np.int64)
 
     def terms(self) -> dict[tuple[int, ...], float]:
         """The bytes as a sum of products of columns of a one-hot code; () is the number one."""
-        return self._terms((axes, gone, float(self.item)) for axes, gone in self.parts)
+        return self._terms(self.parts, float(self.item))
 
     def mac_terms(self) -> dict[tuple[int, ...], float]:
         """The multiply-adds as such a sum."""
-        return self._terms(self.uses)
+        return self._terms(self.uses, 1.0)
 
-    def _terms(self, parts: Iterable[tuple[list[Floats], Floats, float]]) -> dict[tuple[int, ...], float]:
+    def _often(self, nodes: Sequence[fx.Node], elements: int) -> Floats:
+        """How often a weight of a sample's layer is used, at each resolution: of the node with its shapes there."""
+        often = [node_macs(node) / elements / node.meta["shape"][0] for node in nodes]
+        return self.codes.of(RESOLUTION, often) if self.net.sites.resolution else self.codes.constant(often[0])
+
+    def _terms(self, parts: Iterable[tuple[list[Floats], Floats]], factor: float) -> dict[tuple[int, ...], float]:
         total: dict[tuple[int, ...], float] = {}
-        for axes, gone, factor in parts:
+        for axes, gone in parts:
             product: dict[tuple[int, ...], float] = {(): factor}
             for lengths in (*axes, self.codes.constant(1.0) - gone):
                 product = _times(product, lengths)
