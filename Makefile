@@ -26,7 +26,7 @@ $(VENV)/.stamp-demo: $(DEPENDS) | $(BIN)/python
 
 $(VENV)/.stamp-dev: $(DEPENDS) | $(BIN)/python
 	@echo "Installing palmette and what its tests need into $(VENV) (once, about five minutes) ..."
-	$(PIP) --editable ".[demo,onnx,zoo,hf,ray,openvino,executorch,width,search,dev]"
+	$(PIP) --editable ".[demo,onnx,zoo,hf,ray,openvino,executorch,width,search,evolution,dev]"
 	@touch $@ $(VENV)/.stamp-demo
 
 $(VENV)/.stamp-docs: $(VENV)/.stamp-dev

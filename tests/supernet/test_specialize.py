@@ -58,9 +58,9 @@ def test_the_search_beats_random_on_an_additive_value_and_measures_nothing_twice
     weights = rng.random(memory.codes.width - 1) * 0.1
     seen = []
 
-    def measure(config):
-        seen.append(key_of(config))
-        return float(1 - np.exp(-weights @ net.space.encode(config)))
+    def measure(configs):
+        seen.extend(key_of(config) for config in configs)
+        return [float(1 - np.exp(-weights @ net.space.encode(config))) for config in configs]
 
     found = search(memory, measure, measurements=40, rounds=3, seed=2)
     assert len(seen) == len(set(seen))

@@ -15,9 +15,11 @@ _BOARD = (
     "A device, such as nano:ram=256KiB,flash=1MiB,dtype=int8,weights_in=flash; may be repeated. Further fields: "
     "reserve, inplace_elementwise, inplace_depthwise, operators, latency_ms, which needs --latency."
 )
+_SEARCH = "Learn from networks that fit and solve for the best exactly, or evolve them (nsga2, by Optuna)."
+_STORAGE = "Where a study of nsga2 lives: a file, or the URL of a database. Processes that name it work together."
 _LATENCY = (
-    "A table that `palmette profile` made of this supernet on the device, for one board or for all with latency_ms; may "
-    "be repeated."
+    "A table that `palmette profile` made of this supernet on the device, for one board or for all with latency_ms; "
+    "may be repeated."
 )
 _STRATEGY = (
     "Which networks a step trains: the largest, the smallest and two more (sandwich), or as palmette's docs say."
@@ -39,6 +41,7 @@ def specialize(
     epochs: Annotated[int, typer.Option(min=0, help="Epochs that the supernet is trained.")] = 5,
     lr: Annotated[float | None, typer.Option(help="Learning rate; 0.01 if not given.")] = None,
     optimizer: opt.Optimizer = None,
+    search: Annotated[Literal["exact", "nsga2"], typer.Option(help=_SEARCH)] = "exact",
     measurements: Annotated[int, typer.Option(min=10, help="Networks that are judged for each board.")] = 40,
     latency: Annotated[list[str] | None, typer.Option(metavar="[BOARD=]FILE", help=_LATENCY)] = None,
     width: opt.Width = None,
@@ -51,6 +54,8 @@ def specialize(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what is elastic and whether each board can be met; train nothing.")
     ] = False,
+    ray: opt.Ray = None,
+    storage: Annotated[str | None, typer.Option(metavar="FILE|URL", help=_STORAGE)] = None,
     image_size: opt.ImageSize = None,
     batch_size: opt.BatchSize = 64,
     seed: opt.Seed = 0,
@@ -75,11 +80,20 @@ def specialize(
         found.test,
         boards=boards,
         latency=clocks,
-        recipe=Recipe(heal=heal, strategy=strategy, elastic=elastic, measurements=measurements, control=control),
+        recipe=Recipe(
+            heal=heal,
+            strategy=strategy,
+            elastic=elastic,
+            searcher=search,
+            measurements=measurements,
+            control=control,
+        ),
         example_inputs=found.example_inputs,
         run_dir=run,
         resume=resume,
         dry_run=dry_run,
+        ray=ray,
+        storage=storage,
         seed=seed,
         names={"command": command_line(), "model": model, "data": data},
         say=tables.say,

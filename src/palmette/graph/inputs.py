@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from palmette.errors import DataError, InputError
 
+LABELS = ("labels", "label")
+"""Keys under which a dict that a loader yields may have its target."""
 Example = Tensor | tuple[Any, ...] | dict[str, Any]
 """Inputs of a model: called as `model(x)`, `model(*x)` or `model(**x)`."""
 
@@ -91,7 +93,7 @@ def split_batch(batch: Any) -> tuple[Any, Any]:
     Raises DataError for anything else.
     """
     if isinstance(batch, Mapping):
-        for key in ("labels", "label"):
+        for key in LABELS:
             if key in batch:
                 return {k: v for k, v in batch.items() if k != key}, batch[key]
     elif isinstance(batch, list | tuple) and len(batch) == 2:
@@ -109,7 +111,7 @@ def inputs_of(batch: Any, like: Any = None) -> Any:
     `like`: example inputs; a pair of tensors is taken as inputs where these are a pair of such tensors too.
     """
     if isinstance(batch, Mapping):
-        return {k: v for k, v in batch.items() if k not in ("labels", "label")}
+        return {k: v for k, v in batch.items() if k not in LABELS}
     if not isinstance(batch, list | tuple) or len(batch) != 2 or _alike(batch, like):
         return batch
     return split_batch(batch)[0]

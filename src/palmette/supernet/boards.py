@@ -21,7 +21,7 @@ from palmette.run import Run
 from palmette.supernet.latency import LatencyTable
 from palmette.supernet.memory import MemoryModel
 from palmette.supernet.sampling import check_feasible
-from palmette.supernet.specialize import Specialized, specialize
+from palmette.supernet.specialize import Searcher, Specialized, specialize
 from palmette.supernet.supernet import Supernet
 from palmette.supernet.training import train_supernet
 from palmette.train.config import HealConfig
@@ -39,6 +39,7 @@ class Recipe:
     strategy: str = "sandwich"
     sub_nets: int = 2
     elastic: Mapping[str, Any] = field(default_factory=dict)
+    searcher: Searcher = "exact"
     measurements: int = 40
     rounds: int = 3
     batches: int = 10
@@ -111,6 +112,8 @@ def run_boards(
     run_dir: str | Path = "runs/specialize",
     resume: bool = False,
     dry_run: bool = False,
+    ray: str | None = None,
+    storage: str | Path | None = None,
     seed: int = 0,
     names: Mapping[str, str] | None = None,
     say: Say | None = None,
@@ -118,7 +121,7 @@ def run_boards(
     """Make a supernet of `model`, train it once, and find the best network for each board; `model` stays untouched.
 
     The run folder gets the supernet's weights, for each board a folder with its network and exports, and a report.
-    latency: by the name of a board its table of latencies, for those that bound it.
+    latency: by the name of a board its table of latencies, for those that bound it. ray, storage: as for `specialize`.
     dry_run: say what is elastic and whether each board can be met; nothing is trained or written. names: what
     figures.json calls command, model and data.
 
@@ -160,10 +163,13 @@ def run_boards(
             profile=board,
             latency=tables.get(board.name),
             source=model,
+            searcher=recipe.searcher,
             measurements=recipe.measurements,
             rounds=recipe.rounds,
             batches=recipe.batches,
             control=recipe.control,
+            ray=ray,
+            storage=storage,
             run_dir=folder,
             resume=True,
             seed=seed,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -12,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from palmette.errors import CaptureError, InputError
 from palmette.graph.capture import capture, describe, example_of, is_captured, set_shapes
-from palmette.graph.inputs import batch_size, call, tensors
+from palmette.graph.inputs import LABELS, batch_size, call, tensors
 
 RESOLUTION = "resolution"
 """Name and kind of the choice."""
@@ -36,6 +37,26 @@ def resized(inputs: Any, edge: int) -> Any:
         return functional.interpolate(value, size=(edge, edge), mode="bilinear", antialias=True)
 
     return inputs if largest in (0, edge) else tree_map(scale, inputs)
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A loader whose images are scaled as `resized` does; targets of pairs, and labels of dicts, stay."""
+
+    loader: Iterable[Any]
+    edge: int
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.loader:
+            if isinstance(batch, Mapping):
+                yield {key: value if key in LABELS else resized(value, self.edge) for key, value in batch.items()}
+            elif isinstance(batch, list | tuple) and len(batch) == 2:
+                yield resized(batch[0], self.edge), batch[1]
+            else:
+                yield resized(batch, self.edge)
+
+    def __len__(self) -> int:
+        return len(self.loader)  # type: ignore[arg-type]
 
 
 def resolutions(

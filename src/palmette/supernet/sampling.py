@@ -19,10 +19,10 @@ from palmette.supernet.optimum import Optimizer
 
 def check_feasible(memory: MemoryModel) -> None:
     """Raise BudgetError if no configuration keeps the profile's bounds; it names the smallest need and what binds."""
-    _start(memory)
+    start_of(memory)
 
 
-def _start(memory: MemoryModel) -> Ints:
+def start_of(memory: MemoryModel) -> Ints:
     """The code [choices] of the smallest configuration, or of any other that keeps the bounds if only that is too slow.
 
     Raises BudgetError.
@@ -70,7 +70,7 @@ def sample_within(memory: MemoryModel, count: int, rng: np.random.Generator) -> 
     Raises BudgetError if none does.
     """
     choices = memory.codes.choices
-    codes = np.repeat(_start(memory)[None], count, axis=0)
+    codes = np.repeat(start_of(memory)[None], count, axis=0)
     for j in rng.permutation(len(choices)):
         values = len(choices[j].values)
         tried = np.repeat(codes, values, axis=0)
@@ -88,7 +88,7 @@ def sample_balanced(memory: MemoryModel, count: int, rng: np.random.Generator) -
     which fills equal bins by rejection.
     """
     space, profile = memory.net.space, memory.profile
-    ends = memory.ram_bytes(np.stack([_start(memory), memory.codes.encode([space.max()])[0]]))
+    ends = memory.ram_bytes(np.stack([start_of(memory), memory.codes.encode([space.max()])[0]]))
     most = int(ends[1]) if profile.ram_bytes is None else min(int(ends[1]), profile.ram_bytes)
     bounds = rng.integers(int(ends[0]), most + 1, size=count)
     return np.concatenate([sample_within(memory.bounded(ram=int(bound)), 1, rng) for bound in bounds])

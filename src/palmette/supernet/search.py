@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from palmette.supernet.codes import Floats, Ints
+from palmette.supernet.codes import Floats
 from palmette.supernet.memory import MemoryModel
 from palmette.supernet.optimum import Optimizer
 from palmette.supernet.predictor import agreement, ridge
 from palmette.supernet.sampling import sample_balanced
 from palmette.supernet.space import Config, key_of
 
-Measure = Callable[[Config], float]
-"""`measure(config)` -> the value of a configuration, the larger the better, below 1 for an accuracy."""
+Measure = Callable[[Sequence[Config]], list[float]]
+"""`measure(configs)` -> the value of each configuration, the larger the better, below 1 for an accuracy."""
 
 FIRST_SHARE = 0.5
 """Share of the measurements that is drawn at random, and learnt from."""
@@ -92,21 +92,24 @@ def search(
 ) -> Search:
     """Measure `measurements` networks that fit the memory model's profile, half of them proposed by what was learnt.
 
-    rounds: how often the predictor is fitted anew. control: also measure as many networks drawn at random, of which
-    the first half are the search's own. Raises BudgetError if nothing fits, naming what binds and the smallest need.
+    measure: is asked for a round at once. rounds: how often the predictor is fitted anew. control: also measure as many
+    networks drawn at random, of which the first half are the search's own. Raises BudgetError if nothing fits, naming
+    what binds and the smallest need.
     """
-    rng = np.random.default_rng(seed)
-    drawn = _different(memory, sample_balanced(memory, 4 * measurements, rng))[:measurements]
+    drawn = drawn_within(memory, measurements, seed)
     first = drawn[: max(5, round(FIRST_SHARE * measurements))]
     values: dict[str, float] = {}
 
-    def value(config: Config) -> float:
-        key = key_of(config)
-        if key not in values:
-            values[key] = measure(config)
-        return values[key]
+    def valued(configs: Sequence[Config]) -> list[float]:
+        new = [config for config in configs if key_of(config) not in values]
+        values.update(zip(map(key_of, new), measure(new) if new else [], strict=True))
+        return [values[key_of(config)] for config in configs]
 
-    found = [_found(memory, config, value(config)) for config in first]
+    def seen(configs: Sequence[Config], promised: Sequence[float | None]) -> list[Found]:
+        triples = zip(configs, valued(configs), promised, strict=True)
+        return [found_of(memory, config, value, said) for config, value, said in triples]
+
+    found = seen(first, [None] * len(first))
     solver = Optimizer(memory)
     left = measurements - len(found)
     for number in range(rounds):
@@ -115,19 +118,21 @@ def search(
         promised = _proposals(memory, solver, found, share)
         if not promised:
             break
-        found += [_found(memory, config, value(config), said) for config, said in promised]
-    random = [_found(memory, config, value(config)) for config in (drawn if control else first)]
-    return Search(found, random)
+        found += seen(*zip(*promised, strict=True))
+    compared = drawn if control else first
+    return Search(found, seen(compared, [None] * len(compared)))
 
 
-def _different(memory: MemoryModel, codes: Ints) -> list[Config]:
-    """The configurations of codes [n, choices], each once."""
+def drawn_within(memory: MemoryModel, count: int, seed: int) -> list[Config]:
+    """Up to `count` different configurations that keep the bounds, spread evenly over the peaks that can be reached."""
     space = memory.net.space
+    codes = sample_balanced(memory, 4 * count, np.random.default_rng(seed))
     configs = [space.canonical(memory.codes.decode(code)) for code in codes]
-    return list({key_of(config): config for config in configs}.values())
+    return list({key_of(config): config for config in configs}.values())[:count]
 
 
-def _found(memory: MemoryModel, config: Config, value: float, promised: float | None = None) -> Found:
+def found_of(memory: MemoryModel, config: Config, value: float, promised: float | None = None) -> Found:
+    """A measured configuration with what it needs."""
     code = memory.codes.encode([config])
     ram, params = int(memory.ram_bytes(code)[0]), int(memory.param_bytes(code)[0])
     took = None if memory.latency is None else float(memory.latency_ms(code)[0])

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import fx, nn
 
@@ -17,19 +16,21 @@ from palmette.graph.io import save as save_network
 from palmette.meter.compute import param_bytes
 from palmette.meter.memory import peak_bytes
 from palmette.run import Run
-from palmette.seeding import seeded
 from palmette.supernet.clock import Timed, in_time
+from palmette.supernet.evolution import Goal, evolve
+from palmette.supernet.judge import Judge
 from palmette.supernet.latency import LatencyTable
 from palmette.supernet.memory import MemoryModel
 from palmette.supernet.resolution import RESOLUTION
 from palmette.supernet.sampling import check_feasible
-from palmette.supernet.search import Found, Search, search
-from palmette.supernet.space import Config, key_of
+from palmette.supernet.search import Found, Search, drawn_within, found_of, search
+from palmette.supernet.space import Config
 from palmette.supernet.supernet import Supernet
-from palmette.train.evaluate import Evaluation, Metric, evaluate
+from palmette.train.evaluate import Evaluation, Metric
 from palmette.train.labels import LossFn
-from palmette.train.progress import progress
 
+Searcher = Literal["exact", "nsga2"]
+SEARCHERS = ("exact", "nsga2")
 Say = Callable[[str], None]
 
 
@@ -99,10 +100,13 @@ def specialize(
     profile: DeviceProfile,
     latency: LatencyTable | None = None,
     source: nn.Module | None = None,
+    searcher: Searcher = "exact",
     measurements: int = 40,
     rounds: int = 3,
     batches: int = 10,
     control: bool = True,
+    ray: str | None = None,
+    storage: str | Path | None = None,
     metric: Metric | None = None,
     loss_fn: LossFn | None = None,
     run_dir: str | Path | None = None,
@@ -113,44 +117,50 @@ def specialize(
     """The best network of a trained supernet within the bounds of `profile`; `net` keeps its weights.
 
     Each candidate has its batch norms measured on `batches` batches of `train_loader` and is judged on `val_loader`;
-    test data are looked at once, for the answer and the control. measurements: networks that are judged, half of them
-    drawn among those that fit, half proposed. latency: a table of the device, needed where the profile bounds the
-    latency; on the table's machine the best are timed, and one that proves too slow gives way to the next. control:
-    judge as many drawn at random. run_dir: a folder for the network (model.safetensors, for `pm.load` with `source`,
-    the model that the supernet was made from), figures.json and each measurement, so that an interrupted search goes
-    on with `resume`.
+    test data are looked at once, for the answer and the control. measurements: networks that are judged. searcher:
+    "exact" draws half of them among those that fit, learns, and solves for the best that is promised, in `rounds`;
+    "nsga2" is evolution, for values that do not add up. control: judge as many drawn at random. latency: a table of the
+    device, needed where the profile bounds the latency; on the table's machine the best are timed, and one that proves
+    too slow gives way to the next. ray: "local", "auto" or an address, to judge on several workers. storage: of the
+    study of "nsga2", as `evolve` has it; processes that share it work together. run_dir: a folder for the network
+    (model.safetensors, for `pm.load` with `source`, the model that the supernet was made from), figures.json and each
+    measurement, so that an interrupted search goes on with `resume`.
 
     Raises BudgetError at once if nothing fits, with the smallest need and what binds; InputError for options out of
     bounds, or a bound on latency without a table; VerifyError if the answer needs more than was computed; RunError for
-    a folder that cannot be used.
+    a folder that cannot be used; MissingDependency without the packages of a searcher or Ray.
     """
-    if measurements < 10 or rounds < 1 or batches < 1:
+    if measurements < 10 or rounds < 1 or batches < 1 or searcher not in SEARCHERS:
         raise InputError(
-            f"measurements = {measurements}, rounds = {rounds}, batches = {batches} are out of bounds",
-            fix="Give at least 10, 1 and 1.",
+            f"measurements = {measurements}, rounds = {rounds}, batches = {batches} or searcher = {searcher!r} is out "
+            "of bounds",
+            fix=f"Give at least 10, 1 and 1, and one of {', '.join(SEARCHERS)}.",
         )
     memory = MemoryModel(net, profile, latency=latency)
     check_feasible(memory)
     options = {"profile": str(profile), "measurements": measurements, "rounds": rounds, "batches": batches}
     options |= {} if latency is None else {"latency": str(latency.device), "base_ms": latency.base_ms}
+    options |= {} if searcher == "exact" else {"searcher": searcher}
     run = None if run_dir is None else Run(run_dir, resume=resume, config=options, seed=seed)
     say = say or (lambda _: None)
-    judge = _Judge(net, train_loader, batches, run, seed)
-    with progress(f"networks for {profile.name}", measurements * (2 if control else 1)) as report:
-
-        def measure(config: Config) -> float:
-            found = judge(config, val_loader, "val", metric, loss_fn)
-            report(judge.seen, f"{100 * found.accuracy:.2f} %")
-            return found.accuracy
-
-        result = search(memory, measure, measurements=measurements, rounds=rounds, control=control, seed=seed)
-    split, loader = ("val", val_loader) if test_loader is None else ("test", test_loader)
+    scores: dict[str, Any] = {"metric": metric, "loss_fn": loss_fn}
+    folder = None if run is None else run.path("judged")
+    label = f"networks for {profile.name}"
+    judge = Judge(
+        net, train_loader, val_loader, batches=batches, folder=folder, ray=ray, seed=seed, label=label, **scores
+    )
+    if searcher == "exact":
+        result = search(memory, judge, measurements=measurements, rounds=rounds, control=control, seed=seed)
+    else:
+        result = _evolved(memory, judge, measurements, storage, control, seed)
     best, chance, clock = result.taken, result.best_random, None
+    seen = len(result.ranked())
+    say(f"{profile.name}: {seen} networks measured, the best has {100 * best.value:.2f} % on validation")
     if latency is not None and profile.latency_ms is not None:
         best, clock = in_time(net, latency, parse_latency(profile.latency_ms), result.ranked(), say)
-    say(f"{profile.name}: {judge.seen} networks measured, the best has {100 * best.value:.2f} % on validation")
-    answers = [judge(f.config, loader, split, metric, loss_fn) for f in (best, chance)]
-    model = net.extract(best.config)
+    split, loader = ("val", val_loader) if test_loader is None else ("test", test_loader)
+    answers = judge.evaluations([best.config, chance.config], loader, split)
+    model = judge.network(best.config)
     made = Specialized(
         profile=profile,
         config=best.config,
@@ -172,28 +182,17 @@ def specialize(
     return made
 
 
-class _Judge:
-    """Measures batch norms and accuracy of configurations, each once, in a run's folder if there is one."""
-
-    def __init__(self, net: Supernet, loader: Iterable[Any], batches: int, run: Run | None, seed: int) -> None:
-        self.net, self.loader, self.batches, self.run, self.seed = net, loader, batches, run, seed
-        self.seen = 0
-
-    def __call__(
-        self, config: Config, loader: Iterable[Any], split: str, metric: Metric | None, loss_fn: LossFn | None
-    ) -> Evaluation:
-        self.seen += 1
-        name = f"{split}-{hashlib.sha256(key_of(config).encode()).hexdigest()[:16]}"
-
-        def measured() -> dict[str, Any]:
-            with seeded(self.seed, "recalibrate"):
-                self.net.recalibrate(config, self.loader, self.batches)
-            with self.net.running(config):
-                return evaluate(self.net, loader, metric=metric, loss_fn=loss_fn).pack()
-
-        if self.run is None:
-            return Evaluation.unpack(measured())
-        return Evaluation.unpack(self.run.once(name, measured))
+def _evolved(
+    memory: MemoryModel, judge: Judge, measurements: int, storage: str | Path | None, control: bool, seed: int
+) -> Search:
+    """As `search`, by NSGA-II."""
+    goals: tuple[Goal, ...] = ("ram",) if memory.latency is None else ("ram", "latency")
+    population, study = max(5, measurements // 4), memory.profile.name
+    found = evolve(
+        memory, judge, trials=measurements, population=population, goals=goals, storage=storage, study=study, seed=seed
+    )
+    drawn = drawn_within(memory, measurements if control else population, seed)
+    return Search(found, [found_of(memory, c, v) for c, v in zip(drawn, judge(drawn), strict=True)])
 
 
 def _verified(memory: MemoryModel, found: Found, model: fx.GraphModule) -> dict[str, int]:

@@ -7,6 +7,7 @@ runs on slices of the shared weights; `extract` makes the plain network of it, w
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -24,7 +25,7 @@ from palmette.graph.plan import Plan, drop
 from palmette.graph.resize import resize
 from palmette.graph.spans import name_of
 from palmette.supernet.elastic import Cut, Runner
-from palmette.supernet.resolution import RESOLUTION, edge_of, resized, resolutions, set_edge
+from palmette.supernet.resolution import RESOLUTION, Scaled, edge_of, resized, resolutions, set_edge
 from palmette.supernet.sites import Sites
 from palmette.supernet.space import Config, key_of
 
@@ -159,30 +160,40 @@ class Supernet(nn.Module):
 
         Raises DataError for an empty loader.
         """
-        gm = self.extract(config)
-        norms = _norms(gm)
-        if not norms:
-            return
-        gm.eval()
-        for norm in norms.values():
-            norm.reset_running_stats()
-            norm.momentum = None
-            norm.train()
-        device = next(gm.parameters()).device
-        seen = 0
-        for batch in loader:
-            if seen == batches:
-                break
-            call(gm, self.scaled(to_device(inputs_of(batch), device), config))
-            seen += 1
-        if not seen:
-            raise DataError("The loader is empty", fix="Give it at least one batch.")
-        found = {path: (own.running_mean.clone(), own.running_var.clone()) for path, own in norms.items()}
-        self._statistics[key_of(self.space.canonical(config))] = found
+        edge, gm = config.get(RESOLUTION), self.extract(config)
+        found = recalibrated(gm, loader if edge is None else Scaled(loader, edge), batches)
+        if found:
+            self._statistics[key_of(self.space.canonical(config))] = found
 
     def forget_statistics(self) -> None:
         """Throw away what `recalibrate` measured: the weights have changed since."""
         self._statistics.clear()
+
+
+@torch.no_grad()
+def recalibrated(gm: fx.GraphModule, loader: Iterable[Any], batches: int = 10) -> dict[str, tuple[Tensor, Tensor]]:
+    """Measure the statistics of a captured network's batch norms in place; mean and variance of each by its path.
+
+    As `Supernet.recalibrate`, which raises the same.
+    """
+    norms = _norms(gm)
+    momenta = {path: norm.momentum for path, norm in norms.items()}
+    gm.eval()
+    for norm in norms.values():
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    device = next(gm.parameters()).device
+    seen = 0
+    for batch in itertools.islice(loader, batches if norms else 0):
+        call(gm, to_device(inputs_of(batch), device))
+        seen += 1
+    if norms and not seen:
+        raise DataError("The loader is empty", fix="Give it at least one batch.")
+    gm.eval()
+    for path, norm in norms.items():
+        norm.momentum = momenta[path]
+    return {path: (own.running_mean.clone(), own.running_var.clone()) for path, own in norms.items()}
 
 
 def _check(width: Sequence[float], depth: int, heads: Sequence[float], round_to: int) -> None:
