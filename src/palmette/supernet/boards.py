@@ -158,7 +158,7 @@ def run_boards(
 
 def describe(net: Supernet) -> str:
     """What is elastic in a supernet, in one line."""
-    kinds = {kind: len(net.space.of_kind(kind)) for kind in ("width", "depth", "kernel", "heads")}
+    kinds = {kind: len(net.space.of_kind(kind)) for kind in ("width", "depth", "kernel", "heads", "bits")}
     found = ", ".join(f"{count} of {kind}" for kind, count in kinds.items() if count)
     static = f"{len(net.static)} layers stay as they are"
     return f"Supernet: {net.space.size():.3g} networks; choices: {found or 'none'}; {static}"
