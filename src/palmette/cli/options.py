@@ -144,6 +144,16 @@ def typed(options: list[str] | None) -> dict[str, Any]:
     return given
 
 
+def whole_numbers(text: str, option: str) -> tuple[int, ...]:
+    """The numbers in "8,32". Raises InputError for anything else."""
+    from palmette.errors import InputError
+
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise InputError(f"{option} {text!r} are no whole numbers", fix=f"Write for instance {option} 8,32") from error
+
+
 def device_of(name: str | None) -> Any:
     """The device of that name; a GPU if there is one, else the CPU, where no name is given. Raises InputError."""
     import torch

@@ -19,6 +19,8 @@ _STRATEGY = (
     "Which networks a step trains: the largest, the smallest and two more (sandwich), or as palmette's docs say."
 )
 
+_BITS = "8,32 lets the weight of each layer be stored in 8 bits, with one scale for each output channel."
+
 
 def specialize(
     model: opt.ModelSpec,
@@ -41,6 +43,7 @@ def specialize(
         typer.Option(metavar="SHARE", help="Shares of channels that may stay; 0.5, 0.75 and 1 if not given."),
     ] = None,
     depth: Annotated[int, typer.Option(min=0, help="Blocks that may be left out of each stage.")] = 2,
+    bits: Annotated[str, typer.Option(metavar="BITS", show_default=False, help=_BITS)] = "",
     protect: opt.Protect = None,
     control: Annotated[bool, typer.Option(help="Also judge as many networks drawn at random.")] = True,
     dry_run: Annotated[
@@ -59,6 +62,7 @@ def specialize(
 
     heal = opt.heal_config(epochs=epochs, lr=lr, optimizer=optimizer)
     elastic = {"depth": depth, "protect": tuple(protect or ())} | ({"width": tuple(width)} if width else {})
+    elastic |= {"bits": opt.whole_numbers(bits, "--bits")} if bits else {}
     boards = [parse_board(text) for text in board]
     resolved, found = opt.load_pair(model, weights, data, image_size, batch_size, seed, trust)
     opt.warn_of_random_weights(model, weights)

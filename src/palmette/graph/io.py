@@ -45,8 +45,8 @@ def weights_hash(state: dict[str, Tensor]) -> str:
 def save(model: nn.Module, file: str | Path, *, source: nn.Module | None = None) -> None:
     """Write the weights of an edited or collapsed network with what `load` needs to rebuild it.
 
-    The file is written atomically and without pickle; weights in 8 bits are int8 in it. `source`: the network it was made from; when given, `load`
-    refuses a source of another structure.
+    The file is written atomically and without pickle; weights in 8 bits are int8 in it. `source`: the network it was
+    made from; when given, `load` refuses a source of another structure.
     Raises InputError if `model` did not come from palmette.
     """
     if not is_captured(model):
