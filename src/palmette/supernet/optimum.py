@@ -54,7 +54,7 @@ class Optimizer:
                     fix="Measure one with measure_latencies(net) or `palmette profile`, and pass it as latency.",
                 )
             self._latency = self._objective(latency.vector(self.codes))
-            for rate, parts in ((latency.ms_per_mac, "mac_terms"), (latency.ms_per_byte, "terms")):
+            for rate, parts in ((latency.ms_per_mac, "mac_terms"), (latency.ms_per_byte, "float_terms")):
                 for product, amount in getattr(memory.weights, parts)().items() if rate else ():
                     _add(self._latency, product, rate * amount)
         self._scipy: Any = compat.optional("scipy.optimize", package="palmette[search]")

@@ -35,6 +35,7 @@ class Weights:
         gone = {**inside, **beside}
         seen: set[int] = set()
         self.parts: list[tuple[list[Floats], Floats]] = []
+        self.elements: list[tuple[list[Floats], Floats]] = []
         self.uses: list[tuple[list[Floats], Floats, float]] = []
         for node in net.network.graph.nodes:
             absent = gone.get(node, np.zeros(tables.width))
@@ -42,15 +43,18 @@ class Weights:
                 axes = self._axes(node, leaf, tensor)
                 if id(tensor) not in seen:
                     seen.add(id(tensor))
+                    self.elements.append((axes, absent))
                     self.parts += [(stored, absent) for stored in self._stored(node, leaf, tensor, axes)]
                 if leaf == "weight" and node.op == "call_module":
                     self.uses.append((axes, absent, node_macs(node) / tensor.numel() / node.meta["shape"][0]))
 
     def __call__(self, codes: Ints) -> Ints:
         """Bytes [n] of the parameters of codes [n, choices]."""
-        onehot = self.codes.onehot(codes)
-        total = sum((_amounts(onehot, axes, gone) for axes, gone in self.parts), np.zeros(len(codes)))
-        return total.astype(np.int64)
+        return self._sum(self.parts, codes)
+
+    def float_bytes(self, codes: Ints) -> Ints:
+        """The same with every weight in the device's own type, whatever its choice says: what kernels compute with."""
+        return self.item * self._sum(self.elements, codes)
 
     def macs(self, codes: Ints) -> Ints:
         """Multiply-adds [n] with a weight, for one sample of codes [n, choices]; products of activations not counted.
@@ -65,9 +69,18 @@ class Weights:
         """The bytes as a sum of products of columns of a one-hot code; () is the number one."""
         return self._terms((axes, gone, 1.0) for axes, gone in self.parts)
 
+    def float_terms(self) -> dict[tuple[int, ...], float]:
+        """The bytes of `float_bytes` as such a sum."""
+        return self._terms((axes, gone, float(self.item)) for axes, gone in self.elements)
+
     def mac_terms(self) -> dict[tuple[int, ...], float]:
         """The multiply-adds as such a sum."""
         return self._terms(self.uses)
+
+    def _sum(self, parts: Iterable[tuple[list[Floats], Floats]], codes: Ints) -> Ints:
+        onehot = self.codes.onehot(codes)
+        total = sum((_amounts(onehot, axes, gone) for axes, gone in parts), np.zeros(len(codes)))
+        return total.astype(np.int64)
 
     def _terms(self, parts: Iterable[tuple[list[Floats], Floats, float]]) -> dict[tuple[int, ...], float]:
         total: dict[tuple[int, ...], float] = {}
