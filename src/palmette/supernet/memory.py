@@ -41,7 +41,7 @@ class MemoryModel:
     Activations are planned: a tensor lives from the step that makes it to the last that reads it, the input too. What a
     kernel allocates for itself counts as it does in `palmette.meter.memory`. With `profile.inplace_elementwise` an
     activation, a norm or a sum takes the place of an operand that nothing reads afterwards; with
-    `profile.inplace_depthwise` a depthwise convolution does too.
+    `profile.inplace_depthwise` a depthwise convolution does too. Weights in 8 bits are dequantised as they are read.
     """
 
     def __init__(self, net: Supernet, profile: DeviceProfile | None = None) -> None:

@@ -35,7 +35,7 @@ def check_feasible(memory: MemoryModel) -> None:
     raise BudgetError(
         f"No network of the supernet fits device '{profile.name}'",
         why="; ".join(parts),
-        fix="Give more memory, a smaller input, int8, or make the supernet with smaller widths.",
+        fix="Give more memory, a smaller input, int8, or make the supernet with smaller widths or bits.",
     )
 
 
