@@ -74,6 +74,8 @@ def _own_weight(reader: Reader, node: fx.Node) -> str:
         if not isinstance(weight, fx.Node) or weight.op != "get_attr" or len(weight.users) > 1:
             return ""
         node, state = weight, str(weight.target)
+    elif reader.calls[state]:  # the module is called, and its weight is read beside it
+        return ""
     tensor = get_tensor(reader.gm, state)
     alone = reader.calls[str(node.target)] == 1 and id(tensor) not in reader.shared
     return state if alone and isinstance(tensor, nn.Parameter) else ""
