@@ -30,9 +30,9 @@ def export_onnx(
 
     `batches`: real inputs for the parity check, besides the example and random ones. One file; weights above 2 GiB go
     into `<path>.data` beside it, because the format ends there. Weights that `model` stores in 8 bits are int8 in the
-    file, each behind a DequantizeLinear. Raises ExportError (nothing is written then) when the model cannot be exported,
-    when the comparison is not informative, or when the runtime disagrees; MissingDependency without onnx, onnxscript
-    and onnxruntime.
+    file, each behind a DequantizeLinear. Raises ExportError (nothing is written then) when the model cannot be
+    exported, when the comparison is not informative, or when the runtime disagrees; MissingDependency without onnx,
+    onnxscript and onnxruntime.
     """
     require("onnx", "onnxscript", "onnxruntime")
     prepared = Prepared(model, example_inputs)
