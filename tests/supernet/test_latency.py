@@ -60,6 +60,17 @@ def test_a_table_predicts_networks_that_it_was_not_fitted_to(mixed):
     )
 
 
+def test_bits_of_weights_take_no_time(mixed):
+    net = Supernet.from_model(*mixed, bits=(8, 32))
+    whole = {c.name: 32 for c in net.space.of_kind("bits")}
+    memory, table, _ = stored_table(net)
+    configs = [net.sample(np.random.default_rng(seed)) for seed in range(20)]
+    assert all(table.entries[name][8] == table.entries[name][32] for name in whole)
+    times = [table.predict(memory, memory.codes.encode(c)) for c in (configs, [{**c, **whole} for c in configs])]
+    assert times[0].tolist() == pytest.approx(times[1].tolist())
+    assert all(row.config == {**row.config, **whole} for row in table.rows)
+
+
 def test_what_does_not_matter_costs_nothing(mixed):
     net = Supernet.from_model(*mixed)
     memory, table, _ = stored_table(net)

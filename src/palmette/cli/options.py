@@ -100,6 +100,10 @@ Heads = Annotated[
     list[float] | None,
     typer.Option(metavar="SHARE", help="A share of attention heads that may stay; may be repeated. 1: all stay."),
 ]
+Bits = Annotated[
+    list[int] | None,
+    typer.Option(metavar="BITS", help="8 lets the weight of each layer be stored in 8 bits, with a scale per channel."),
+]
 Resolution = Annotated[
     list[int] | None,
     typer.Option(
@@ -236,8 +240,16 @@ def elastic(
     kernel: list[int] | None,
     heads: list[float] | None,
     resolution: list[int] | None,
+    bits: list[int] | None,
     protect: list[str] | None,
 ) -> dict[str, Any]:
     """Options of `Supernet.from_model`; what was not given keeps its default."""
-    given = {"width": width, "kernel": kernel, "heads": heads, "resolution": resolution, "protect": protect}
+    given = {
+        "width": width,
+        "kernel": kernel,
+        "heads": heads,
+        "resolution": resolution,
+        "bits": bits,
+        "protect": protect,
+    }
     return {"depth": depth} | {name: tuple(values) for name, values in given.items() if values}

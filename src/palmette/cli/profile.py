@@ -37,6 +37,7 @@ def profile(
     kernel: opt.Kernel = None,
     heads: opt.Heads = None,
     resolution: opt.Resolution = None,
+    bits: opt.Bits = None,
     protect: opt.Protect = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the table in the file.")] = False,
     seed: opt.Seed = 0,
@@ -58,7 +59,7 @@ def profile(
     if out.exists() and not resume:
         raise RunError("The file exists", where=str(out), fix="Add --resume to go on with it, or name another --out")
     network, example = opt.load_model(model, weights, data, image_size, classes, trust)
-    net = Supernet.from_model(network, example, **opt.elastic(width, depth, kernel, heads, resolution, protect))
+    net = Supernet.from_model(network, example, **opt.elastic(width, depth, kernel, heads, resolution, bits, protect))
     tables.say(f"{len(net.space)} choices, {float(net.space.size()):.3g} networks; timing {count} of them")
     table = measure_latencies(
         net,

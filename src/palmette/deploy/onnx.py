@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from palmette.deploy.onnx_int8 import store_as_int8
 from palmette.deploy.parity import Parity, measure_parity
 from palmette.deploy.plain import Prepared, one_line
 from palmette.deploy.session import OrtSession, require
 from palmette.errors import ExportError
 from palmette.files import atomic_path
 from palmette.graph.inputs import Example, as_call
+from palmette.graph.int8 import stored_weights
 from palmette.meter.running import quiet
 
 _TWO_GIB = 2 * 1024**3
@@ -27,9 +29,10 @@ def export_onnx(
     """Write `model` as ONNX with a dynamic batch and return its parity in ONNX Runtime.
 
     `batches`: real inputs for the parity check, besides the example and random ones. One file; weights above 2 GiB go
-    into `<path>.data` beside it, because the format ends there. Raises ExportError (nothing is written then) when the
-    model cannot be exported, when the comparison is not informative, or when the runtime disagrees; MissingDependency
-    without onnx, onnxscript and onnxruntime.
+    into `<path>.data` beside it, because the format ends there. Weights that `model` stores in 8 bits are int8 in the
+    file, each behind a DequantizeLinear. Raises ExportError (nothing is written then) when the model cannot be
+    exported, when the comparison is not informative, or when the runtime disagrees; MissingDependency without onnx,
+    onnxscript and onnxruntime.
     """
     require("onnx", "onnxscript", "onnxruntime")
     prepared = Prepared(model, example_inputs)
@@ -37,7 +40,7 @@ def export_onnx(
     data = target.with_name(f"{target.name}.data") if _bytes(prepared.model) > _TWO_GIB - _MARGIN else None
     try:
         with atomic_path(target) as temporary:
-            _write(prepared, temporary, data)
+            _write(prepared, temporary, data, int8=bool(stored_weights(model)))
             return measure_parity(
                 prepared.reference,
                 OrtSession(temporary),
@@ -52,12 +55,14 @@ def export_onnx(
         raise
 
 
-def _write(prepared: Prepared, path: Path, data: Path | None) -> None:
-    """Write the network to `path`, its weights to `data` in the same folder if given."""
+def _write(prepared: Prepared, path: Path, data: Path | None, *, int8: bool) -> None:
+    """Write the network to `path`, its weights to `data` in the same folder if given; int8: those on a grid so."""
     try:
         with quiet():
             model = _translate(prepared)
             strip_traces(model)
+            if int8:
+                store_as_int8(model)
             require("onnx_ir").save(model, path, external_data=data.name if data is not None else None)
     except OSError:
         raise

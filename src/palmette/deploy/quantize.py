@@ -23,6 +23,7 @@ from palmette.deploy.plain import Prepared
 from palmette.errors import DataError, ExportError, InputError
 from palmette.files import atomic_path
 from palmette.graph.inputs import Example, batch_size, map_tensors, one_sample, tensors, with_batch
+from palmette.graph.int8 import without_integers
 from palmette.graph.ops import get_tensor, op_name
 from palmette.meter.running import Flat, Packed, quiet, reason
 from palmette.meter.runtime_executorch import PteModel, executorch_parts, in_order, lowered, use_threads
@@ -178,7 +179,7 @@ def _by_onnxruntime(model: nn.Module, example_inputs: Example, real: list[Any], 
     shapes = optional("onnxruntime.quantization.shape_inference", package="palmette[onnx]")
     with tempfile.TemporaryDirectory() as folder:
         plain, ready, done = (Path(folder, f"{name}.onnx") for name in ("plain", "ready", "done"))
-        export_onnx(model, example_inputs, plain, batches=real)
+        export_onnx(without_integers(model), example_inputs, plain, batches=real)
         session = onnx_session(plain.read_bytes(), torch.get_num_threads())
         feeds = (feeds_by_order(session, one) for one in _samples(real))  # its histograms want batches of one size
         try:

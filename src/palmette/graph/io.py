@@ -15,12 +15,15 @@ from torch import Tensor, fx, nn
 from palmette.errors import InputError, PlanError
 from palmette.files import write_atomic
 from palmette.graph.capture import capture, is_captured, make_inputs, set_shapes
+from palmette.graph.int8 import from_integers, note, stored_weights
 from palmette.graph.ops import remove_dead
 from palmette.graph.plan import Plan
 from palmette.graph.resize import resize
 from palmette.graph.rewrite import replay
 
 FORMAT = 1
+SCALES = ":scales"
+"""Behind the name of a weight in 8 bits: the name of its scales."""
 
 
 def structure_hash(model: nn.Module) -> str:
@@ -42,8 +45,8 @@ def weights_hash(state: dict[str, Tensor]) -> str:
 def save(model: nn.Module, file: str | Path, *, source: nn.Module | None = None) -> None:
     """Write the weights of an edited or collapsed network with what `load` needs to rebuild it.
 
-    The file is written atomically and without pickle. `source`: the network it was made from; when given, `load`
-    refuses a source of another structure.
+    The file is written atomically and without pickle; weights in 8 bits are int8 in it. `source`: the network it was
+    made from; when given, `load` refuses a source of another structure.
     Raises InputError if `model` did not come from palmette.
     """
     if not is_captured(model):
@@ -53,6 +56,9 @@ def save(model: nn.Module, file: str | Path, *, source: nn.Module | None = None)
     meta: Any = model.meta
     info: dict[str, Any] = dict(meta["palmette"])
     state, aliases = _unshared(model.state_dict())
+    stored = stored_weights(model)
+    for name, (integers, scales) in stored.items():
+        state |= {name: integers, f"{name}{SCALES}": scales}
     facts = {
         "format": str(FORMAT),
         "torch": torch.__version__.split("+")[0],
@@ -62,6 +68,7 @@ def save(model: nn.Module, file: str | Path, *, source: nn.Module | None = None)
         "collapsed": json.dumps(bool(info.get("collapsed"))),
         "steps": json.dumps(info.get("steps", [])),
         "aliases": json.dumps(aliases),
+        "int8": json.dumps(sorted(stored)),
         "source": structure_hash(source) if source is not None else "",
         "weights": weights_hash(state),
     }
@@ -102,9 +109,12 @@ def _rebuilt(source_model: nn.Module, state: dict[str, Tensor], metadata: dict[s
             resize(gm, step["resize"])
         else:
             _replay(gm, step["decisions"], example)
+    scales = {name: state.pop(f"{name}{SCALES}") for name in json.loads(metadata.get("int8", "[]"))}
+    state |= {name: from_integers(state[name], value) for name, value in scales.items()}
     for name, original in json.loads(metadata["aliases"]).items():
         state[name] = state[original]
     _fill(gm, state, path)
+    note(gm, scales)
     gm.meta["palmette"]["collapsed"] = json.loads(metadata["collapsed"])
     set_shapes(gm, example)
     return gm.eval()

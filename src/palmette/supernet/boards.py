@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
@@ -21,6 +21,7 @@ from palmette.run import Run
 from palmette.supernet.latency import LatencyTable
 from palmette.supernet.memory import MemoryModel
 from palmette.supernet.sampling import check_feasible
+from palmette.supernet.space import Kind
 from palmette.supernet.specialize import Searcher, Specialized, specialize
 from palmette.supernet.supernet import Supernet
 from palmette.supernet.training import train_supernet
@@ -184,7 +185,7 @@ def run_boards(
 
 def describe(net: Supernet) -> str:
     """What is elastic in a supernet, in one line."""
-    kinds = {kind: len(net.space.of_kind(kind)) for kind in ("resolution", "width", "depth", "kernel", "heads")}
+    kinds = {kind: len(net.space.of_kind(kind)) for kind in get_args(Kind)}
     found = ", ".join(f"{count} of {kind}" for kind, count in kinds.items() if count)
     static = f"{len(net.static)} layers stay as they are"
     return f"Supernet: {net.space.size():.3g} networks; choices: {found or 'none'}; {static}"

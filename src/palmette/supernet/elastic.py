@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from palmette.graph.int8 import rounded
 from palmette.graph.ops import BATCH_NORMS, get_tensor
 from palmette.graph.resize import narrow, resized_args
 from palmette.graph.spans import Run
@@ -23,10 +24,14 @@ Statistics = Mapping[str, tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Cut:
-    """What a configuration leaves of a captured network: a decision of `resize`, and runs of blocks to be skipped."""
+    """What a configuration leaves of a captured network.
+
+    `decision`: of `resize`. `dropped`: runs of blocks to be skipped. `int8`: names of weights stored in 8 bits.
+    """
 
     decision: dict[str, Any]
     dropped: tuple[Run, ...] = ()
+    int8: frozenset[str] = frozenset()
 
     @property
     def skipped(self) -> set[fx.Node]:
@@ -38,7 +43,7 @@ class Runner:
     """Runs a captured graph with a cut."""
 
     def __init__(self, gm: fx.GraphModule, cut: Cut) -> None:
-        self.gm = gm
+        self.gm, self.int8 = gm, cut.int8
         self.layers = {entry["path"]: entry for entry in cut.decision["layers"]}
         self.states = {entry["state"]: entry for entry in cut.decision["states"]}
         sizes = {entry["path"]: entry for entry in cut.decision["sizes"]}
@@ -86,18 +91,22 @@ class Runner:
     def _state(self, name: str) -> Tensor:
         value = get_tensor(self.gm, name)
         entry = self.states.get(name)
-        return value if entry is None else _select(value, entry["axis"], entry)
+        value = value if entry is None else _select(value, entry["axis"], entry)
+        return rounded(value) if name in self.int8 else value
 
     def _module(self, node: fx.Node, statistics: Statistics | None) -> Any:
         layer: Any = self.gm.get_submodule(str(node.target))
         entry = self.layers.get(node.meta["path"])
         own = None if statistics is None else statistics.get(node.meta["path"])
         normalises = isinstance(layer, BATCH_NORMS)
-        if entry is None and own is None and not (normalises and layer.training):
+        int8 = f"{node.target}.weight" in self.int8
+        if entry is None and own is None and not int8 and not (normalises and layer.training):
             return layer
         twin = _sharing(layer)
         if entry is not None:
             narrow(twin, entry, lambda value, axis, side, _: _select(value, axis, side))
+        if int8:
+            twin.weight = rounded(twin.weight)
         if own is not None:
             twin.running_mean, twin.running_var = own
         if normalises and layer.training and layer.running_mean is not None:  # the shared statistics stay as they are

@@ -39,8 +39,8 @@ class Error:
 
 
 def work_of(memory: MemoryModel, codes: Ints) -> Floats:
-    """Multiply-adds and bytes of weights of codes [n, choices], [n, 2]."""
-    return np.stack([memory.weights.macs(codes), memory.param_bytes(codes)], axis=1).astype(np.float64)
+    """Multiply-adds and bytes of weights of codes [n, choices], [n, 2]; what was timed computes in floating point."""
+    return np.stack([memory.weights.macs(codes), memory.weights.float_bytes(codes)], axis=1).astype(np.float64)
 
 
 def features(memory: MemoryModel, seed: int = 0) -> Floats:

@@ -183,16 +183,18 @@ def measure_latencies(
 def drawn(net: Supernet, count: int, seed: int) -> list[Config]:
     """Different configurations: the largest, the smallest, and some drawn with a share of largeness of their own each.
 
+    All their weights have the most bits: runtimes are given networks in floating point, so that fewer save no time.
     Raises InputError when there are fewer than 12 of them.
     """
     rng, space = np.random.default_rng(derive_seed("latencies", seed)), net.space
-    found = {key_of(config): config for config in (space.max(), space.min())}
+    whole = {c.name: c.values[-1] for c in space.of_kind("bits")}
+    found = {key_of(config): config for config in (space.max(), space.canonical({**space.min(), **whole}))}
     for _ in range(100 * count):
         if len(found) == count:
             break
         share = rng.random()
         raw = {c.name: int(c.values[rng.binomial(len(c.values) - 1, share)]) for c in space.choices}
-        config = space.canonical(raw)
+        config = space.canonical({**raw, **whole})
         found.setdefault(key_of(config), config)
     if len(found) < FEWEST:
         raise InputError(
@@ -215,9 +217,7 @@ def fit_table(net: Supernet, device: Device, rows: Iterable[Row]) -> LatencyTabl
     onehot, work = codes.mattering(encoded), work_of(memory, encoded)
     vector, rates = fit_times(onehot[~held], work[~held], times[~held], features(memory))
     error = held_out_error(times[held], onehot[held] @ vector + work[held] @ rates)
-    entries = {
-        c.name: {v: float(vector[codes.first[c.name] + i]) for i, v in enumerate(c.values)} for c in codes.choices
-    }
+    entries = {c.name: _entries(c, vector[codes.first[c.name] :]) for c in codes.choices}
     return LatencyTable(device, float(vector[0]), entries, float(rates[0]), float(rates[1]), rows, error)
 
 
@@ -225,6 +225,12 @@ def timed(net: Supernet, config: Config, table: LatencyTable) -> float:
     """Milliseconds of a network now, on the table's scale: its time over the largest's, times the table's largest."""
     row = _timed(net, [(1, config)], table.device)[0]
     return row.ratio * statistics.median(other.reference_ms for other in table.rows)
+
+
+def _entries(choice: Choice, times: Floats) -> dict[int, float]:
+    """Milliseconds by value, from a vector that begins with those of the choice; bits take no time."""
+    last = len(choice.values) - 1
+    return {v: float(times[last if choice.kind == "bits" else i]) for i, v in enumerate(choice.values)}
 
 
 def _timed(net: Supernet, group: list[tuple[int, Config]], device: Device) -> list[Row]:

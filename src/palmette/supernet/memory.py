@@ -69,7 +69,7 @@ class MemoryModel:
     Activations are planned: a tensor lives from the step that makes it to the last that reads it, the input too. What a
     kernel allocates for itself counts as it does in `palmette.meter.memory`. With `profile.inplace_elementwise` an
     activation, a norm or a sum takes the place of an operand that nothing reads afterwards; with
-    `profile.inplace_depthwise` a depthwise convolution does too.
+    `profile.inplace_depthwise` a depthwise convolution does too. Weights in 8 bits are dequantised as they are read.
 
     latency: what `measure_latencies` found on the device; needed where the profile bounds the latency. Raises
     InputError for a bound on latency without a table, or a table of another space.

@@ -127,7 +127,7 @@ class Optimizer:
             return
         terms = self._objective(table.vector(self.codes))
         weights = self.memory.weights
-        for rate, work in ((table.ms_per_mac, weights.mac_terms), (table.ms_per_byte, weights.terms)):
+        for rate, work in ((table.ms_per_mac, weights.mac_terms), (table.ms_per_byte, weights.float_terms)):
             for product, amount in work().items() if rate else ():
                 _add(terms, product, rate * amount)
         whole = parse_latency(bound)  # the solver's tolerance is one of rows near 1

@@ -49,7 +49,7 @@ def start_of(memory: MemoryModel) -> Ints:
     raise BudgetError(
         f"No network of the supernet fits device '{profile.name}'",
         why="; ".join(parts),
-        fix="Give more memory or time, a smaller input, int8, or make the supernet with smaller widths.",
+        fix="Give more memory or time, a smaller input, int8, or make the supernet with smaller widths or bits.",
     )
 
 

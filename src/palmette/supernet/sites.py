@@ -19,6 +19,7 @@ from palmette.graph.ops import ACTIVATIONS, CONVOLUTIONS, is_transparent, module
 from palmette.graph.paths import Reader
 from palmette.graph.resize import decide, ranges
 from palmette.graph.spans import Run
+from palmette.supernet.bits import INT8, BitsSite, bits_sites
 from palmette.supernet.elastic import Cut
 from palmette.supernet.resolution import RESOLUTION
 from palmette.supernet.space import Choice, Config, Space
@@ -178,6 +179,7 @@ class Sites:
         heads: Sequence[float],
         round_to: int,
         resolution: tuple[int, ...] = (),
+        bits: tuple[int, ...] = (),
     ) -> None:
         self.channels = Channels(gm)
         self.static: dict[str, str] = {}
@@ -185,6 +187,7 @@ class Sites:
         self.kernels: dict[str, tuple[str, tuple[int, ...]]] = {}
         self.heads: dict[str, tuple[HeadSite, tuple[int, ...]]] = {}
         self.stages: dict[str, tuple[Stage, tuple[int, ...]]] = {}
+        self.bits: dict[str, tuple[BitsSite, tuple[int, ...]]] = {}
         self.gm, self.resolution = gm, resolution
         if width:
             self._find_widths(width, round_to, protect)
@@ -195,6 +198,10 @@ class Sites:
             self.kernels = {f"kernel:{p}": (p, sizes) for p, sizes in found if not is_protected(p, protect)}
         if depth:
             self._find_stages(depth, protect)
+        if bits:
+            narrowest = self.cut(self.space().min()).decision["layers"]
+            layers = bits_sites(self.channels.reader, protect, narrowest)
+            self.bits = {f"bits:{site.path}": (site, bits) for site in layers}
 
     def _find_widths(self, ratios: Sequence[float], round_to: int, protect: tuple[str, ...]) -> None:
         for site in width_sites(self.channels, protect):
@@ -242,6 +249,7 @@ class Sites:
         choices += [Choice(n, "width", values, owner(site.writers)) for n, (site, values) in self.widths.items()]
         choices += [Choice(n, "kernel", values, owner([by_path[p]])) for n, (p, values) in self.kernels.items()]
         choices += [Choice(n, "heads", values, owner([site.node])) for n, (site, values) in self.heads.items()]
+        choices += [Choice(n, "bits", values, owner([site.node])) for n, (site, values) in self.bits.items()]
         return Space(tuple(choices))
 
     def cut(self, config: Config) -> Cut:
@@ -259,7 +267,8 @@ class Sites:
                 _cut_heads(head, config[name], layers, decision)
         decision["layers"] = list(layers.values())
         tails = [stage.blocks[config[name] * stage.period :] for name, (stage, _) in self.stages.items()]
-        return Cut(decision, tuple(tail for tail in tails if tail))
+        int8 = frozenset(site.state for name, (site, _) in self.bits.items() if config[name] == INT8)
+        return Cut(decision, tuple(tail for tail in tails if tail), int8)
 
 
 def _cut_heads(site: HeadSite, count: int, layers: dict[str, Any], decision: dict[str, Any]) -> None:

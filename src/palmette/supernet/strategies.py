@@ -26,7 +26,7 @@ STRATEGIES = {
     "delayed": "the largest alone for the first half, then the sandwich, faded in (DepS, 2024)",
     "random": "one at random each step (Once-for-All without phases)",
     "balanced": "one at random each step, spread evenly over peak memory (MOOFA, 2024)",
-    "progressive": "kernels, then depth, then widths and heads shrink in phases, taught by the largest (OFA, 2020)",
+    "progressive": "kernels, depth, widths and heads, bits shrink in phases, taught by the largest (OFA, 2020)",
 }
 """Names of the strategies, and what they run in a step."""
 
@@ -94,7 +94,8 @@ def phases(space: Space) -> list[tuple[str, int, Draw]]:
     """Name, number of sub-networks in a step and draw of each phase of progressive shrinking.
 
     Kernels first, then the depth, then widths and heads; each of the last two first with its two largest values, as in
-    Once-for-All (ICLR 2020, section 3.3), and what an earlier phase opened stays open. The resolution is open in all.
+    Once-for-All (ICLR 2020, section 3.3), and what an earlier phase opened stays open. The resolution is open in all;
+    the bits of weights, which are not in its space, come last.
     """
     order: Sequence[tuple[str, int, dict[str, int | None]]] = (
         ("kernel", 1, {"kernel": None}),
@@ -102,6 +103,7 @@ def phases(space: Space) -> list[tuple[str, int, Draw]]:
         ("depth_2", 2, {"kernel": None, "depth": None}),
         ("width_1", 4, {"kernel": None, "depth": None, "width": 2, "heads": 2}),
         ("width_2", 4, {"kernel": None, "depth": None, "width": None, "heads": None}),
+        ("bits", 4, {"kernel": None, "depth": None, "width": None, "heads": None, "bits": None}),
     )
     found: list[tuple[str, int, Draw]] = []
     before = None

@@ -1,7 +1,8 @@
 """Any trained network as a supernet: one set of weights, and every network that is a part of it.
 
-Widths, depth, kernels and heads are found on the captured graph, by no name of a class or an attribute. A sub-network
-runs on slices of the shared weights; `extract` makes the plain network of it, which computes the same.
+Widths, depth, kernels, heads and the bits of weights are found on the captured graph, by no name of a class or an
+attribute. A sub-network runs on slices of the shared weights; `extract` makes the plain network of it, which computes
+the same.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from torch.utils._pytree import tree_leaves
 from palmette.errors import DataError, InputError
 from palmette.graph.capture import capture, example_of
 from palmette.graph.inputs import call, inputs_of, to_device
+from palmette.graph.int8 import round_weights
 from palmette.graph.ops import BATCH_NORMS, module_of
 from palmette.graph.plan import Plan, drop
 from palmette.graph.resize import resize
 from palmette.graph.spans import name_of
+from palmette.supernet.bits import checked_bits
 from palmette.supernet.elastic import Cut, Runner
 from palmette.supernet.resolution import RESOLUTION, Scaled, edge_of, resized, resolutions, set_edge
 from palmette.supernet.sites import Sites
@@ -59,6 +62,7 @@ class Supernet(nn.Module):
         heads: Sequence[float] = (0.5, 0.75, 1.0),
         resolution: Sequence[int] = (),
         round_to: int = 8,
+        bits: Sequence[int] = (),
         protect: Iterable[str] = (),
     ) -> Supernet:
         """The supernet of which `model` is the largest network; `model` stays untouched.
@@ -67,13 +71,15 @@ class Supernet(nn.Module):
         `round_to`. depth: blocks that may be left out at the end of each chain of residual blocks of one shape (layers
         of a transformer count as one). kernel: edges to which larger kernels may be cropped. heads: shares of the
         attention heads. resolution: edges in pixels to which square images may be scaled before the network sees them.
+        bits: (8, 32) lets the weight of each layer be stored in 8 bits, integers with a scale for each output channel.
         An empty sequence, or a depth of 0, leaves that side alone. protect: path prefixes of what stays whole. Raises
         CaptureError for a network that does not trace, InputError for options out of bounds.
         """
         _check(width, depth, heads, round_to)
+        stored = checked_bits(bits)
         gm = capture(model, example_inputs)
         edges, static = resolutions(model, gm, example_inputs, resolution)
-        sites = Sites(gm, tuple(protect), width, depth, kernel, heads, round_to, edges)
+        sites = Sites(gm, tuple(protect), width, depth, kernel, heads, round_to, edges, stored)
         sites.static |= static
         return Supernet(gm, sites)
 
@@ -133,7 +139,8 @@ class Supernet(nn.Module):
 
         It computes what `forward` computes with that configuration active, to rounding, from inputs as `scaled` gives
         them, and can be saved, loaded into the model that the supernet was made from, exported and healed. Batch norms
-        have the statistics of `recalibrate`, if that was called for the configuration.
+        have the statistics of `recalibrate`, if that was called for the configuration. Weights in 8 bits have values on
+        their grids; `pm.save` and ONNX files store them as integers.
         """
         config = self.active if config is None else self.space.canonical(config)
         cut = self.cut(config)
@@ -142,6 +149,7 @@ class Supernet(nn.Module):
         if cut.dropped:
             gm = Plan([drop(name_of(run)) for run in cut.dropped]).apply(gm, example)
         resize(gm, _present(gm, cut.decision))
+        round_weights(gm, cut.int8)
         norms = _norms(gm)
         for path, (mean, variance) in self._statistics.get(key_of(config), {}).items():
             norms[path].running_mean.copy_(mean)

@@ -11,13 +11,17 @@ from torch import Tensor, fx, nn
 from palmette.graph.channel_rules import first
 from palmette.graph.ops import get_tensor
 from palmette.meter.compute import node_macs
+from palmette.supernet.bits import element_bytes, scale_bytes
 from palmette.supernet.codes import Codes, Floats, Ints
 from palmette.supernet.resolution import RESOLUTION
 from palmette.supernet.supernet import Supernet
 
 
 class Weights:
-    """Parameters of configurations: for each tensor the product of its axes, each a sum over choices."""
+    """Parameters of configurations: for each tensor the product of its axes, each a sum over choices.
+
+    One more factor are the bytes of an element; scales of weights in 8 bits are tensors of their own.
+    """
 
     def __init__(self, net: Supernet, tables: Codes, item: int, graphs: Sequence[fx.GraphModule]) -> None:
         """`graphs`: the network with its shapes at each resolution."""
@@ -27,11 +31,13 @@ class Weights:
             for name, (site, values) in net.sites.heads.items()
             for path, side, heads in (*site.layers, *((state, "rows", heads) for state, heads in site.states))
         }
+        self._bits = {site.state: name for name, (site, _) in net.sites.bits.items()}
         self._kernels = {path: (name, sizes) for name, (path, sizes) in net.sites.kernels.items()}
         inside, beside = tables.gone()
         gone = {**inside, **beside}
         seen: set[int] = set()
         self.parts: list[tuple[list[Floats], Floats]] = []
+        self.elements: list[tuple[list[Floats], Floats]] = []
         self.uses: list[tuple[list[Floats], Floats]] = []
         for node, *sized in zip(net.network.graph.nodes, *(graph.graph.nodes for graph in graphs), strict=True):
             absent = gone.get(node, np.zeros(tables.width))
@@ -39,15 +45,18 @@ class Weights:
                 axes = self._axes(node, leaf, tensor)
                 if id(tensor) not in seen:
                     seen.add(id(tensor))
-                    self.parts.append((axes, absent))
+                    self.elements.append((axes, absent))
+                    self.parts += [(stored, absent) for stored in self._stored(node, leaf, tensor, axes)]
                 if leaf == "weight" and node.op == "call_module":
                     self.uses.append(([*axes, self._often(sized, tensor.numel())], absent))
 
     def __call__(self, codes: Ints) -> Ints:
         """Bytes [n] of the parameters of codes [n, choices]."""
-        onehot = self.codes.onehot(codes)
-        total = sum((_amounts(onehot, axes, gone) for axes, gone in self.parts), np.zeros(len(codes)))
-        return (total * self.item).astype(np.int64)
+        return self._sum(self.parts, codes)
+
+    def float_bytes(self, codes: Ints) -> Ints:
+        """The same with every weight in the device's own type, whatever its choice says: what kernels compute with."""
+        return self.item * self._sum(self.elements, codes)
 
     def macs(self, codes: Ints) -> Ints:
         """Multiply-adds [n] with a weight, for a sample, of codes [n, choices]; products of activations not counted."""
@@ -57,7 +66,11 @@ class Weights:
 
     def terms(self) -> dict[tuple[int, ...], float]:
         """The bytes as a sum of products of columns of a one-hot code; () is the number one."""
-        return self._terms(self.parts, float(self.item))
+        return self._terms(self.parts, 1.0)
+
+    def float_terms(self) -> dict[tuple[int, ...], float]:
+        """The bytes of `float_bytes` as such a sum."""
+        return self._terms(self.elements, float(self.item))
 
     def mac_terms(self) -> dict[tuple[int, ...], float]:
         """The multiply-adds as such a sum."""
@@ -67,6 +80,11 @@ class Weights:
         """How often a weight of a sample's layer is used, at each resolution: of the node with its shapes there."""
         often = [node_macs(node) / elements / node.meta["shape"][0] for node in nodes]
         return self.codes.of(RESOLUTION, often) if self.net.sites.resolution else self.codes.constant(often[0])
+
+    def _sum(self, parts: Iterable[tuple[list[Floats], Floats]], codes: Ints) -> Ints:
+        onehot = self.codes.onehot(codes)
+        total = sum((_amounts(onehot, axes, gone) for axes, gone in parts), np.zeros(len(codes)))
+        return total.astype(np.int64)
 
     def _terms(self, parts: Iterable[tuple[list[Floats], Floats]], factor: float) -> dict[tuple[int, ...], float]:
         total: dict[tuple[int, ...], float] = {}
@@ -78,12 +96,27 @@ class Weights:
                 total[columns] = total.get(columns, 0.0) + amount
         return {columns: amount for columns, amount in total.items() if amount}
 
+    def _stored(self, node: fx.Node, leaf: str, tensor: Tensor, axes: list[Floats]) -> list[list[Floats]]:
+        """Factors whose product is bytes: of the elements, and of the scales where there may be any."""
+        choice = self._bits.get(str(node.target) if node.op == "get_attr" else f"{node.target}.{leaf}")
+        elements = [*axes, element_bytes(self.codes, choice, self.item)]
+        if choice is None:
+            return [elements]
+        rows = self._rows(node)
+        lengths = self.codes.constant(len(tensor)) if rows is None else rows
+        return [elements, [lengths, scale_bytes(self.codes, choice, self.item)]]
+
+    def _rows(self, node: fx.Node) -> Floats | None:
+        """The length of the first axis of what a node holds, None if no choice narrows it."""
+        channels, rows = self.net.sites.channels, None
+        if node in channels.variables and (node in channels.writers or node in channels.channelwise):
+            rows = self.codes.kept(channels.of(node))
+        return self._of_heads(str(node.target) if node.op == "get_attr" else str(node.meta["path"]), "rows", rows)
+
     def _axes(self, node: fx.Node, leaf: str, tensor: Tensor) -> list[Floats]:
         """The lengths of a tensor's axes by one-hot code; what no choice narrows is one axis."""
         channels, path = self.net.sites.channels, str(node.meta["path"])
-        rows = columns = None
-        if node in channels.variables and (node in channels.writers or node in channels.channelwise):
-            rows = self.codes.kept(channels.of(node))
+        rows, columns = self._rows(node), None
         if leaf == "weight" and node in channels.readers:
             columns = self.codes.kept(channels.of(first(node)))
         if node in channels.states:
@@ -92,9 +125,7 @@ class Weights:
                 self.codes.kept(channels.of(user)),
                 self.codes.constant(tensor.numel() / tensor.shape[axis]),
             ]
-        key = str(node.target) if node.op == "get_attr" else path
-        rows = self._of_heads(key, "rows", rows)
-        columns = self._of_heads(key, "columns", columns) if leaf == "weight" else None
+        columns = self._of_heads(path, "columns", columns) if leaf == "weight" else None
         rest = tensor.numel()
         axes = []
         for axis, lengths in ((0, rows), (1, columns)):
