@@ -22,7 +22,7 @@ PADDINGS = {"pad", "constant_pad_nd"}
 """Operations that put values around a tensor."""
 
 _RESHAPES = {"view", "reshape", "flatten", "squeeze", "unsqueeze"}
-_LITERAL = {"view", "reshape"}
+_LITERAL = {"view", "reshape", "expand"}
 
 
 def moved(node: fx.Node, axis: int) -> tuple[int, int] | None:
@@ -43,6 +43,19 @@ def moved(node: fx.Node, axis: int) -> tuple[int, int] | None:
     if name in ("slice", "select") and dimension(node, len(before)) != axis:
         return axis - (name == "select" and dimension(node, len(before)) < axis), 1
     return None
+
+
+def carried(node: fx.Node, axis: int) -> tuple[int, int] | None:
+    """As `moved`, and behind what only repeats or rotates other axes than the channels."""
+    name, source = op_name(node), first(node)
+    before, after = source.meta["shape"], node.meta["shape"]
+    if name in ("expand", "repeat"):
+        place = axis + len(after) - len(before)
+        return (place, 1) if after[place] == before[axis] else None
+    if name == "roll":
+        dims: Any = _argument(node, 2, "dims")
+        return (axis, 1) if dims and axis not in {d % len(before) for d in dims} else None
+    return moved(node, axis)
 
 
 def operand_axis(node: fx.Node, operand: fx.Node, axis: int) -> int | None:

@@ -40,7 +40,9 @@ class Runner:
     def __init__(self, gm: fx.GraphModule, cut: Cut) -> None:
         self.gm = gm
         self.layers = {entry["path"]: entry for entry in cut.decision["layers"]}
-        self.states = {entry["state"]: entry for entry in cut.decision["states"]}
+        self.states: dict[str, list[dict[str, Any]]] = {}
+        for entry in cut.decision["states"]:
+            self.states.setdefault(entry["state"], []).append(entry)
         sizes = {entry["path"]: entry for entry in cut.decision["sizes"]}
         skipped = cut.skipped
         became = {block.output: block.source for run in cut.dropped for block in run}
@@ -85,8 +87,9 @@ class Runner:
 
     def _state(self, name: str) -> Tensor:
         value = get_tensor(self.gm, name)
-        entry = self.states.get(name)
-        return value if entry is None else _select(value, entry["axis"], entry)
+        for entry in self.states.get(name, ()):
+            value = _select(value, entry["axis"], entry)
+        return value
 
     def _module(self, node: fx.Node, statistics: Statistics | None) -> Any:
         layer: Any = self.gm.get_submodule(str(node.target))

@@ -77,26 +77,21 @@ class Weights:
     def _axes(self, node: fx.Node, leaf: str, tensor: Tensor) -> list[Floats]:
         """The lengths of a tensor's axes by one-hot code; what no choice narrows is one axis."""
         channels, path = self.net.sites.channels, str(node.meta["path"])
-        rows = columns = None
+        found: dict[int, Floats] = {}
         if node in channels.variables and (node in channels.writers or node in channels.channelwise):
-            rows = self.codes.kept(channels.of(node))
+            found[0] = self.codes.kept(channels.of(node))
         if leaf == "weight" and node in channels.readers:
-            columns = self.codes.kept(channels.of(first(node)))
+            found[1] = self.codes.kept(channels.of(first(node)))
         if node in channels.states:
-            axis, user = channels.states[node]
-            return [
-                self.codes.kept(channels.of(user)),
-                self.codes.constant(tensor.numel() / tensor.shape[axis]),
-            ]
+            axis, carrier = channels.states[node]
+            found[axis] = self.codes.kept(channels.of(carrier))
         key = str(node.target) if node.op == "get_attr" else path
-        rows = self._of_heads(key, "rows", rows)
-        columns = self._of_heads(key, "columns", columns) if leaf == "weight" else None
-        rest = tensor.numel()
-        axes = []
-        for axis, lengths in ((0, rows), (1, columns)):
-            if lengths is not None:
-                axes.append(lengths)
-                rest //= tensor.shape[axis]
+        for axis, side in enumerate(("rows", "columns") if leaf == "weight" else ("rows",)):
+            if (key, side) in self._heads:
+                found[axis] = self._of_heads(key, side)
+        axes, rest = list(found.values()), tensor.numel()
+        for axis in found:
+            rest //= tensor.shape[axis]
         if leaf == "weight" and path in self._kernels:
             name, sizes = self._kernels[path]
             powers = [float(k ** (tensor.dim() - 2)) for k in sizes]
@@ -104,9 +99,7 @@ class Weights:
             rest //= int(powers[-1])
         return [*axes, self.codes.constant(rest)]
 
-    def _of_heads(self, path: str, side: str, found: Floats | None) -> Floats | None:
-        if (path, side) not in self._heads:
-            return found
+    def _of_heads(self, path: str, side: str) -> Floats:
         name, heads, site, values = self._heads[path, side]
         return self.codes.of(name, [float(torch.isin(heads, site.order[:kept]).sum()) for kept in values])
 
