@@ -35,7 +35,7 @@ def moved(node: fx.Node, axis: int) -> tuple[int, int] | None:
     if name in _SPATIAL:
         return (axis, 1) if axis == 1 and len(before) == len(after) else None
     if name in _REDUCTIONS:
-        return _reduced(node, axis, len(before))
+        return _reduced(axis, len(before), _argument(node, 1, "dim"), bool(_argument(node, 2, "keepdim")))
     if name in _RESHAPES:
         return _reshaped(before, axis, after)
     if name in ("permute", "transpose"):
@@ -46,7 +46,7 @@ def moved(node: fx.Node, axis: int) -> tuple[int, int] | None:
 
 
 def carried(node: fx.Node, axis: int) -> tuple[int, int] | None:
-    """As `moved`, and behind what only repeats or rotates other axes than the channels."""
+    """As `moved`, and behind what repeats, rotates or takes the norm along other axes than the channels."""
     name, source = op_name(node), first(node)
     before, after = source.meta["shape"], node.meta["shape"]
     if name in ("expand", "repeat"):
@@ -55,6 +55,8 @@ def carried(node: fx.Node, axis: int) -> tuple[int, int] | None:
     if name == "roll":
         dims: Any = _argument(node, 2, "dims")
         return (axis, 1) if dims and axis not in {d % len(before) for d in dims} else None
+    if name == "linalg_vector_norm":
+        return _reduced(axis, len(before), _argument(node, 2, "dim"), bool(_argument(node, 3, "keepdim")))
     return moved(node, axis)
 
 
@@ -125,12 +127,10 @@ def fill_value(node: fx.Node) -> float | None:
     return 0.0 if value is None else float(value)
 
 
-def _reduced(node: fx.Node, axis: int, rank: int) -> tuple[int, int] | None:
-    dims: Any = node.args[1] if len(node.args) > 1 else None
+def _reduced(axis: int, rank: int, dims: Any, keep: bool) -> tuple[int, int] | None:
     if not isinstance(dims, list | tuple) or not dims:
         return None
     gone = {d % rank for d in dims}
-    keep = bool(_argument(node, 2, "keepdim"))
     return None if axis in gone else (axis if keep else axis - sum(d < axis for d in gone), 1)
 
 

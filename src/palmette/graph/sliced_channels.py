@@ -23,6 +23,10 @@ from palmette.graph.ops import get_tensor, is_mutable, is_state, is_transparent,
 _NORMS = {"layer_norm", "rms_norm"}
 _STATISTICS = {"mean", "var", "std"}
 _RESHAPES = {"view", "reshape", "flatten"}
+_FRESH = {"new_zeros", "new_ones", "new_full", "new_empty"}
+"""Operations that take no more than a type and a device from a tensor."""
+
+_ELEMENTWISE = ELEMENTWISE | {"addcmul"}
 
 
 class SlicedChannels(Channels):
@@ -55,10 +59,15 @@ class SlicedChannels(Channels):
             or (norm and self._rescale(node))
             or (name in _STATISTICS and self._averages_channels(node))
             or (name in _RESHAPES and self._interleave(node))
+            or name in _FRESH
         )
-        if not known:
-            if (name in ELEMENTWISE or name == "cat") and not is_mutable(node):
-                self._adopt_operands(node)
+        if known:
+            return
+        if (name in _ELEMENTWISE or name == "cat") and not is_mutable(node):
+            self._adopt_operands(node)
+        if name in _ELEMENTWISE - ELEMENTWISE and any(n in self.variables for n in node.all_input_nodes):
+            self._elementwise(node)
+        else:
             super()._visit(node)
 
     def _moved(self, node: fx.Node, axis: int) -> tuple[int, int] | None:
