@@ -23,6 +23,7 @@ PADDINGS = {"pad", "constant_pad_nd"}
 
 _RESHAPES = {"view", "reshape", "flatten", "squeeze", "unsqueeze"}
 _LITERAL = {"view", "reshape", "expand"}
+_SWAPS = {"transpose", "swapaxes", "swapdims"}
 
 
 def moved(node: fx.Node, axis: int) -> tuple[int, int] | None:
@@ -55,6 +56,8 @@ def carried(node: fx.Node, axis: int) -> tuple[int, int] | None:
     if name == "roll":
         dims: Any = _argument(node, 2, "dims")
         return (axis, 1) if dims and axis not in {d % len(before) for d in dims} else None
+    if name in _SWAPS:
+        return _permuted(node, axis, len(before)), 1
     if name == "linalg_vector_norm":
         return _reduced(axis, len(before), _argument(node, 2, "dim"), bool(_argument(node, 3, "keepdim")))
     return moved(node, axis)
@@ -147,7 +150,7 @@ def _reshaped(before: Sequence[int], axis: int, after: Sequence[int]) -> tuple[i
 
 def _permuted(node: fx.Node, axis: int, rank: int) -> int:
     args: Any = node.args
-    if op_name(node) == "transpose":
+    if op_name(node) in _SWAPS:
         a, b = args[1] % rank, args[2] % rank
         return int({a: b, b: a}.get(axis, axis))
     order: list[int] = [d % rank for d in args[1]]

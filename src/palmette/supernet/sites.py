@@ -28,7 +28,7 @@ from palmette.supernet.space import Choice, Config, Space
 class WidthSite:
     """Layers that can only be narrowed together.
 
-    `name`: the path of the first layer that writes the channels. `classes` [n]: classes of `Channels`, the most
+    `name`: the path of the first layer that writes the channels. `classes` [n]: classes of `SlicedChannels`, the most
     important first. `writers`: the nodes of the layers. `reason`: why it stays as it is, "" if it need not.
     """
 
