@@ -246,7 +246,7 @@ def test_channels_pass_norms_where_slices_are_run_and_nowhere_else():
         "table.weight": 1, "place": 0, "second.weight": 0,
     }  # fmt: skip
     assert [str(n.meta["path"]) for n in sliced.channelwise] == ["first"]
-    assert [str(n.meta["path"]) for n in sliced.norms] == ["first", "second.rms_norm"]
+    assert [str(n.meta["path"]) for n in sliced.sized] == ["second.rms_norm"]
     assert not sliced.pinned[sliced.of(by_path["mul"])].any()
     assert torch.equal(sliced.of(by_path["mul"]), sliced.of(by_path["table.embedding"]))
     assert sliced.pinned[sliced.of(by_path["inner"])].all()  # groups of channels are normalised there

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import palmette as pm
+from palmette.device import DeviceProfile
 from palmette.meter.compute import param_bytes
 from palmette.meter.memory import peak_bytes
 from palmette.supernet.memory import MemoryModel
@@ -196,6 +197,8 @@ def test_bytes_are_those_of_the_extracted_network(case):
     codes, networks = memory.codes.encode(configs), [net.extract(c) for c in configs]
     assert memory.param_bytes(codes).tolist() == [param_bytes(n) for n in networks]
     assert memory.peak_bytes(codes).tolist() == [peak_bytes(n, 1, hold_inputs=False) for n in networks]
+    core = MemoryModel(net, DeviceProfile(operators="core")).peak_bytes(codes).tolist()
+    assert core == [peak_bytes(n, 1, hold_inputs=False, operators="core") for n in networks]
 
 
 def test_inactive_slices_have_gradients_of_exactly_zero(case):

@@ -32,13 +32,9 @@ _ELEMENTWISE = ELEMENTWISE | {"addcmul"}
 class SlicedChannels(Channels):
     """The channel variables of one captured graph that is run on slices of its weights.
 
-    `norms`: the layer and RMS norms that channels pass. Embeddings are among `writers`, linears on a state among
-    `readers`; their tables and weights are in `states`.
+    Layer norms are among `channelwise`, embeddings among `writers`, linears on a state among `readers`; their tables
+    and weights are in `states`.
     """
-
-    def __init__(self, gm: fx.GraphModule) -> None:
-        self.norms: list[fx.Node] = []
-        super().__init__(gm)
 
     def weight(self, node: fx.Node) -> Tensor:
         """The weight [rows, columns, ...] of a writer or a reader; an embedding writes its columns."""
@@ -115,7 +111,6 @@ class SlicedChannels(Channels):
         else:
             self.sized[node] = 0
             self.states |= dict.fromkeys(states, (0, node))
-        self.norms.append(node)
         self._pass_on(node, source)
         return True
 
