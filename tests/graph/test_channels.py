@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 
 from palmette.graph import capture, remove_dead_channels
 from palmette.graph.channels import Channels
+from palmette.graph.sliced_channels import SlicedChannels
 
 
 class Sum(nn.Module):
@@ -215,3 +216,44 @@ def test_variables_classes_and_constants():
     assert channels.values[by_path["2.add"]].isnan().all()
     assert channels.of(by_path["3"]).tolist() == channels.of(by_path["0"]).repeat_interleave(4).tolist()
     assert channels.pinned.all()  # all of them are the output
+
+
+class Normalised(nn.Module):
+    """An embedding and a state, a layer norm, a root mean square norm of PyTorch and one written out, a linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.place = nn.Embedding(9, 8), nn.Parameter(torch.randn(8))
+        self.first, self.second, self.last = nn.LayerNorm(8), nn.RMSNorm(8), nn.Linear(8, 2)
+        self.groups = nn.GroupNorm(2, 8)
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.second(self.first(self.table(ids) + self.place.view(1, 1, -1)))
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+        return self.last(self.groups(self.inner(x).transpose(1, 2)).mean(2))
+
+
+def test_channels_pass_norms_where_slices_are_run_and_nowhere_else():
+    gm = capture(Normalised().eval(), torch.randint(9, (2, 5)))
+    pruned, sliced = Channels(gm), SlicedChannels(gm)
+    by_path = {n.meta["path"]: n for n in sliced.variables}
+    assert [str(n.meta["path"]) for n in pruned.writers] == ["inner", "last"]
+    assert pruned.states == {}
+    assert pruned.pinned.all()
+    assert [str(n.meta["path"]) for n in sliced.writers] == ["table.embedding", "inner", "last"]
+    assert {str(n.target): axis for n, (axis, _) in sliced.states.items()} == {
+        "table.weight": 1, "place": 0, "second.weight": 0,
+    }  # fmt: skip
+    assert [str(n.meta["path"]) for n in sliced.channelwise] == ["first"]
+    assert [str(n.meta["path"]) for n in sliced.sized] == ["second.rms_norm"]
+    assert not sliced.pinned[sliced.of(by_path["mul"])].any()
+    assert torch.equal(sliced.of(by_path["mul"]), sliced.of(by_path["table.embedding"]))
+    assert sliced.pinned[sliced.of(by_path["inner"])].all()  # groups of channels are normalised there
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (8,)])
+def test_a_norm_over_more_than_the_channels_keeps_them(shape: tuple[int, ...]):
+    net = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(shape), nn.Linear(8, 2))
+    sliced = SlicedChannels(capture(net.eval(), torch.randn(2, 5, 4)))
+    assert bool(sliced.pinned[sliced.of(sliced.writers[0])].all()) == (len(shape) > 1)

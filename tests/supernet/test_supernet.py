@@ -49,7 +49,7 @@ def test_every_side_is_found(mixed, transformer):
     assert net.space["depth:add"].values == (2, 3, 4)
     net = Supernet.from_model(*transformer)
     assert {kind: len(net.space.of_kind(kind)) for kind in ("width", "depth", "heads")} == {
-        "width": 4, "depth": 1, "heads": 4,
+        "width": 5, "depth": 1, "heads": 4,
     }  # fmt: skip
     (stage,) = net.space.of_kind("depth")
     assert stage.values == (2, 3, 4)  # layers, each of two blocks

@@ -22,7 +22,8 @@ PADDINGS = {"pad", "constant_pad_nd"}
 """Operations that put values around a tensor."""
 
 _RESHAPES = {"view", "reshape", "flatten", "squeeze", "unsqueeze"}
-_LITERAL = {"view", "reshape"}
+_LITERAL = {"view", "reshape", "expand"}
+_SWAPS = {"transpose", "swapaxes", "swapdims"}
 
 
 def moved(node: fx.Node, axis: int) -> tuple[int, int] | None:
@@ -35,7 +36,7 @@ def moved(node: fx.Node, axis: int) -> tuple[int, int] | None:
     if name in _SPATIAL:
         return (axis, 1) if axis == 1 and len(before) == len(after) else None
     if name in _REDUCTIONS:
-        return _reduced(node, axis, len(before))
+        return _reduced(axis, len(before), _argument(node, 1, "dim"), bool(_argument(node, 2, "keepdim")))
     if name in _RESHAPES:
         return _reshaped(before, axis, after)
     if name in ("permute", "transpose"):
@@ -43,6 +44,23 @@ def moved(node: fx.Node, axis: int) -> tuple[int, int] | None:
     if name in ("slice", "select") and dimension(node, len(before)) != axis:
         return axis - (name == "select" and dimension(node, len(before)) < axis), 1
     return None
+
+
+def carried(node: fx.Node, axis: int) -> tuple[int, int] | None:
+    """As `moved`, and behind what repeats, rotates or takes the norm along other axes than the channels."""
+    name, source = op_name(node), first(node)
+    before, after = source.meta["shape"], node.meta["shape"]
+    if name in ("expand", "repeat"):
+        place = axis + len(after) - len(before)
+        return (place, 1) if after[place] == before[axis] else None
+    if name == "roll":
+        dims: Any = _argument(node, 2, "dims")
+        return (axis, 1) if dims and axis not in {d % len(before) for d in dims} else None
+    if name in _SWAPS:
+        return _permuted(node, axis, len(before)), 1
+    if name == "linalg_vector_norm":
+        return _reduced(axis, len(before), _argument(node, 2, "dim"), bool(_argument(node, 3, "keepdim")))
+    return moved(node, axis)
 
 
 def operand_axis(node: fx.Node, operand: fx.Node, axis: int) -> int | None:
@@ -112,12 +130,10 @@ def fill_value(node: fx.Node) -> float | None:
     return 0.0 if value is None else float(value)
 
 
-def _reduced(node: fx.Node, axis: int, rank: int) -> tuple[int, int] | None:
-    dims: Any = node.args[1] if len(node.args) > 1 else None
+def _reduced(axis: int, rank: int, dims: Any, keep: bool) -> tuple[int, int] | None:
     if not isinstance(dims, list | tuple) or not dims:
         return None
     gone = {d % rank for d in dims}
-    keep = bool(_argument(node, 2, "keepdim"))
     return None if axis in gone else (axis if keep else axis - sum(d < axis for d in gone), 1)
 
 
@@ -134,7 +150,7 @@ def _reshaped(before: Sequence[int], axis: int, after: Sequence[int]) -> tuple[i
 
 def _permuted(node: fx.Node, axis: int, rank: int) -> int:
     args: Any = node.args
-    if op_name(node) == "transpose":
+    if op_name(node) in _SWAPS:
         a, b = args[1] % rank, args[2] % rank
         return int({a: b, b: a}.get(axis, axis))
     order: list[int] = [d % rank for d in args[1]]

@@ -262,9 +262,13 @@ class Channels:
             same = (values == values[0]).all(0)
             self._set(node, axis, self.variables[parts[0]], torch.where(same, values[0], torch.nan))
 
+    def _moved(self, node: fx.Node, axis: int) -> tuple[int, int] | None:
+        """Channel axis behind the node and repeats of each channel there; None if that is lost."""
+        return moved(node, axis)
+
     def _move(self, node: fx.Node) -> None:
         source: Any = node.args[0] if node.args else None
-        place = moved(node, self.axis[source]) if source in self.axis else None
+        place = self._moved(node, self.axis[source]) if source in self.axis else None
         if place is None or [n for n in node.all_input_nodes if n in self.variables] != [source]:
             self._stop(node)
             return

@@ -60,9 +60,11 @@ def decide(channels: Channels, removed: Tensor, folded: Iterable[str] = ()) -> d
             entry[side] = {"keep": ranges(keep), "of": len(keep)}
 
     for node in channels.writers:
-        note(node, "rows", channels.of(node))
+        if node.op == "call_module":  # the weights of others are states
+            note(node, "rows", channels.of(node))
     for node in channels.readers:
-        note(node, "columns", channels.of(first(node)))
+        if node.op == "call_module":
+            note(node, "columns", channels.of(first(node)))
     for node in channels.channelwise:
         note(node, "channels", channels.of(node))
     states = []
@@ -144,7 +146,9 @@ def narrow(layer: Any, entry: Mapping[str, Any], cut: Cutter) -> None:
             value = getattr(layer, name, None)
             if value is not None:
                 setattr(layer, name, cut(value, 0, side, path))
-    if hasattr(layer, "num_features"):
+    if hasattr(layer, "normalized_shape"):
+        layer.normalized_shape = (sum(stop - start for start, stop in entry["channels"]["keep"]),)
+    elif hasattr(layer, "num_features"):
         layer.num_features = len(layer.running_mean)
     elif hasattr(layer, "in_features"):
         layer.out_features, layer.in_features = layer.weight.shape

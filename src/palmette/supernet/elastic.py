@@ -45,7 +45,9 @@ class Runner:
     def __init__(self, gm: fx.GraphModule, cut: Cut) -> None:
         self.gm, self.int8 = gm, cut.int8
         self.layers = {entry["path"]: entry for entry in cut.decision["layers"]}
-        self.states = {entry["state"]: entry for entry in cut.decision["states"]}
+        self.states: dict[str, list[dict[str, Any]]] = {}
+        for entry in cut.decision["states"]:
+            self.states.setdefault(entry["state"], []).append(entry)
         sizes = {entry["path"]: entry for entry in cut.decision["sizes"]}
         skipped = cut.skipped
         became = {block.output: block.source for run in cut.dropped for block in run}
@@ -90,8 +92,8 @@ class Runner:
 
     def _state(self, name: str) -> Tensor:
         value = get_tensor(self.gm, name)
-        entry = self.states.get(name)
-        value = value if entry is None else _select(value, entry["axis"], entry)
+        for entry in self.states.get(name, ()):
+            value = _select(value, entry["axis"], entry)
         return rounded(value) if name in self.int8 else value
 
     def _module(self, node: fx.Node, statistics: Statistics | None) -> Any:

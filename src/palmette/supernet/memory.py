@@ -8,6 +8,7 @@ hundred thousand configurations are one product of matrices. Weights are product
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -175,8 +176,9 @@ class MemoryModel:
             if overwritten is not None:
                 alive[s, order.index(overwritten)] = 0.0
         sizes = np.stack([self._size(self._nodes[birth[k]], size[k], beside) for k in order], axis=1)
-        fewest = self._fewest_heads(edge)
-        extra = [self._scratch_of(n, _extra(s), fewest) for n, s in zip(self._nodes, steps, strict=True)]
+        extras = {n: _extra(s) for n, s in zip(self._nodes, steps, strict=True)}
+        least = self._least(extras, edge)
+        extra = [self._scratch_of(n, amount, least) for n, amount in extras.items()]
         return _Tables(sizes, alive, np.stack(extra, axis=1))
 
     def _overwrites(self, node: fx.Node, step: Step, dying: Mapping[int, int]) -> int | None:
@@ -202,32 +204,54 @@ class MemoryModel:
         whole = self.codes.constant(amount * scale)
         return whole if absent is None else whole - amount * scale * absent
 
-    def _fewest_heads(self, edge: int) -> dict[str, int]:
-        """What each attention allocates for itself with its fewest heads, by path: a part does not follow them."""
-        sites = self.net.sites.heads
-        if not sites:
+    def _least(self, extras: Mapping[fx.Node, int], edge: int) -> dict[str, int]:
+        """By path, what kernels allocate for themselves with the fewest heads and channels: a part follows neither."""
+        sites = self.net.sites
+        own = {head.node for head, _ in sites.heads.values()} | sites.channels.variables.keys()
+        if not any(amount and node in own for node, amount in extras.items()):
             return {}
-        fewest = {name: values[0] for name, (_, values) in sites.items()}
-        small = self.net.extract(
-            {**self.net.max(), **fewest, **({RESOLUTION: edge} if self.net.sites.resolution else {})}
-        )
-        own = zip(small.graph.nodes, follow(small, 1, self.profile.operators), strict=True)
-        paths = {head.name for head, _ in sites.values()}
-        return {str(n.meta["path"]): _extra(step) for n, step in own if n.meta.get("path") in paths}
+        small = self.net.extract(self._narrowest() | ({RESOLUTION: edge} if sites.resolution else {}))
+        steps = zip(small.graph.nodes, follow(small, 1, self.profile.operators), strict=True)
+        return {str(n.meta["path"]): _extra(step) for n, step in steps}
 
-    def _scratch_of(self, node: fx.Node, amount: int, fewest: Mapping[str, int]) -> Floats:
-        """Bytes by code that a node's kernel allocates for itself; attention does so in a straight line over heads."""
+    def _narrowest(self) -> Config:
+        narrow = {choice.name: choice.values[0] for choice in self.codes.choices if choice.kind in ("heads", "width")}
+        return {**self.net.max(), **narrow}
+
+    def _scratch_of(self, node: fx.Node, amount: int, least: Mapping[str, int]) -> Floats:
+        """Bytes by code that a node's kernel allocates for itself: in a straight line over heads, or over channels."""
         scale = self._item / 4
+        low = least.get(str(node.meta["path"]), amount)
         for name, (head, values) in self.net.sites.heads.items():
             if node is head.node:
-                low, span = fewest[head.name], max(1, head.count - values[0])
+                span = max(1, head.count - values[0])
                 line = [low + (amount - low) * (kept - values[0]) / span for kept in values]
                 return self.codes.of(name, [scale * size for size in line])
+        whole = self.codes.constant(amount * scale)
+        if low == amount or node not in self.net.sites.channels.variables:
+            return whole
+        kept, fewest, most = self._followed(node, low / amount)
+        if kept is None:
+            return whole
+        slope = scale * (amount - low) / (most - fewest)
+        return whole + slope * (kept - self.codes.constant(most))
+
+    def _followed(self, node: fx.Node, share: float) -> tuple[Floats | None, float, float]:
+        """The channels that a node's scratch space follows, by code, and the fewest and most of them; None if unknown.
+
+        share: what is left of the scratch space with the fewest. A layer copies either what it reads or what it writes,
+        and which of them the share must tell.
+        """
         channels = self.net.sites.channels
-        if node in channels.variables:
-            classes = channels.of(node)
-            return self.codes.kept(classes) * (amount * scale / len(classes))
-        return self.codes.constant(amount * scale)
+        affine = channels.reader.is_affine(node)
+        ends = [n for n in (node, *node.all_input_nodes[: int(affine)]) if n in channels.variables]
+        lines = {tuple(line): line for line in (self.codes.kept(channels.of(n)) for n in ends)}
+        bounds = self.codes.onehot(self.codes.encode([self._narrowest(), self.net.max()]))
+        found = [(line, *(bounds @ line)) for line in lines.values()]
+        found = [(line, low, high) for line, low, high in found if low < high]
+        if affine:
+            found = [(line, low, high) for line, low, high in found if math.isclose(low / high, share)]
+        return found[0] if len(found) == 1 else (None, 0.0, 0.0)
 
     def steps(self, place: int) -> Floats:
         """For each step the vector [steps, width] that times a code of that resolution gives the bytes alive."""

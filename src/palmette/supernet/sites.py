@@ -15,9 +15,10 @@ from palmette.graph.channel_rules import first
 from palmette.graph.channels import Channels
 from palmette.graph.groups import nearest, width_groups
 from palmette.graph.heads import HeadSite, head_sites
-from palmette.graph.ops import ACTIVATIONS, CONVOLUTIONS, is_transparent, module_of, op_name, skip_transparent
+from palmette.graph.ops import ACTIVATIONS, CONVOLUTIONS, is_state, is_transparent, module_of, op_name, skip_transparent
 from palmette.graph.paths import Reader
 from palmette.graph.resize import decide, ranges
+from palmette.graph.sliced_channels import SlicedChannels
 from palmette.graph.spans import Run
 from palmette.supernet.bits import INT8, BitsSite, bits_sites
 from palmette.supernet.elastic import Cut
@@ -29,7 +30,7 @@ from palmette.supernet.space import Choice, Config, Space
 class WidthSite:
     """Layers that can only be narrowed together.
 
-    `name`: the path of the first layer that writes the channels. `classes` [n]: classes of `Channels`, the most
+    `name`: the path of the first layer that writes the channels. `classes` [n]: classes of `SlicedChannels`, the most
     important first. `writers`: the nodes of the layers. `reason`: why it stays as it is, "" if it need not.
     """
 
@@ -53,7 +54,7 @@ class Stage:
         return len(self.blocks) // self.period
 
 
-def width_sites(channels: Channels, protect: Iterable[str] = ()) -> list[WidthSite]:
+def width_sites(channels: SlicedChannels, protect: Iterable[str] = ()) -> list[WidthSite]:
     """Every group of channels that may be narrowed, in the order of the network."""
     found = []
     for group in width_groups(channels, protect):
@@ -65,7 +66,7 @@ def width_sites(channels: Channels, protect: Iterable[str] = ()) -> list[WidthSi
     return found
 
 
-def importance(channels: Channels, group: Tensor) -> Tensor:
+def importance(channels: SlicedChannels, group: Tensor) -> Tensor:
     """Of each class [n] of a group: the L1 norm of all weights that read it (of those that write it if none does).
 
     Source: Once-for-All (ICLR 2020), which sorts the channels of an inner layer so.
@@ -79,8 +80,7 @@ def importance(channels: Channels, group: Tensor) -> Tensor:
         for node, classes, axis in ends:
             own = place[classes] >= 0
             if bool(own.any()):
-                weight: Any = module_of(channels.gm, node).weight  # type: ignore[union-attr]
-                norms = weight.detach().double().cpu().abs().transpose(0, axis).flatten(1).sum(1)
+                norms = channels.weight(node).detach().double().cpu().abs().transpose(0, axis).flatten(1).sum(1)
                 scores.index_add_(0, place[classes][own], norms[own])
         if bool(scores.any()):
             return scores
@@ -181,7 +181,7 @@ class Sites:
         resolution: tuple[int, ...] = (),
         bits: tuple[int, ...] = (),
     ) -> None:
-        self.channels = Channels(gm)
+        self.channels = SlicedChannels(gm)
         self.static: dict[str, str] = {}
         self.widths: dict[str, tuple[WidthSite, tuple[int, ...]]] = {}
         self.kernels: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -221,7 +221,7 @@ class Sites:
                 self.static[site.name] = reason or "no share of its heads is another number"
             else:
                 self.heads[f"heads:{site.name}"] = site, values
-                for path in site.paths:
+                for path in (*site.paths, *(str(node.meta["path"]) for node in site.between)):
                     self.static.pop(path, None)
 
     def _find_stages(self, depth: int, protect: tuple[str, ...]) -> None:
@@ -239,6 +239,7 @@ class Sites:
             for index, block in enumerate(stage.blocks):
                 owners |= dict.fromkeys(block.region, (name, index // stage.period + 1))
         by_path = {str(n.meta["path"]): n for n in self.gm.graph.nodes if n.op in ("call_module", "call_function")}
+        carriers = self._carriers()
 
         def owner(nodes: Iterable[fx.Node]) -> tuple[str, int] | None:
             found = {owners.get(n) for n in nodes}
@@ -246,11 +247,23 @@ class Sites:
 
         choices = [Choice(RESOLUTION, "resolution", self.resolution)] if self.resolution else []
         choices += [Choice(name, "depth", values) for name, (_, values) in self.stages.items()]
-        choices += [Choice(n, "width", values, owner(site.writers)) for n, (site, values) in self.widths.items()]
+        choices += [Choice(n, "width", values, owner(carriers[n])) for n, (_, values) in self.widths.items()]
         choices += [Choice(n, "kernel", values, owner([by_path[p]])) for n, (p, values) in self.kernels.items()]
         choices += [Choice(n, "heads", values, owner([site.node])) for n, (site, values) in self.heads.items()]
         choices += [Choice(n, "bits", values, owner([site.node])) for n, (site, values) in self.bits.items()]
         return Space(tuple(choices))
+
+    def _carriers(self) -> dict[str, list[fx.Node]]:
+        """The nodes whose channels each choice of a width narrows: a block owns it only if it has all of them."""
+        number = torch.full((len(self.channels.classes),), -1)
+        found: list[list[fx.Node]] = [[] for _ in self.widths]
+        for index, (site, _) in enumerate(self.widths.values()):
+            number[site.classes] = index
+        for node in self.channels.variables:
+            for index in number[self.channels.of(node)].unique().tolist():
+                if index >= 0 and not is_state(node):
+                    found[index].append(node)
+        return dict(zip(self.widths, found, strict=True))
 
     def cut(self, config: Config) -> Cut:
         """What a configuration leaves of the network."""

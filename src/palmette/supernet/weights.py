@@ -102,36 +102,31 @@ class Weights:
         elements = [*axes, element_bytes(self.codes, choice, self.item)]
         if choice is None:
             return [elements]
-        rows = self._rows(node)
-        lengths = self.codes.constant(len(tensor)) if rows is None else rows
+        lengths = self._lengths(node, leaf).get(0, self.codes.constant(len(tensor)))
         return [elements, [lengths, scale_bytes(self.codes, choice, self.item)]]
 
-    def _rows(self, node: fx.Node) -> Floats | None:
-        """The length of the first axis of what a node holds, None if no choice narrows it."""
-        channels, rows = self.net.sites.channels, None
+    def _lengths(self, node: fx.Node, leaf: str) -> dict[int, Floats]:
+        """By axis its length, of those axes of a tensor of a node that a choice narrows."""
+        channels, found = self.net.sites.channels, dict[int, Floats]()
         if node in channels.variables and (node in channels.writers or node in channels.channelwise):
-            rows = self.codes.kept(channels.of(node))
-        return self._of_heads(str(node.target) if node.op == "get_attr" else str(node.meta["path"]), "rows", rows)
+            found[0] = self.codes.kept(channels.of(node))
+        if leaf == "weight" and node in channels.readers:
+            found[1] = self.codes.kept(channels.of(first(node)))
+        if node in channels.states:
+            axis, carrier = channels.states[node]
+            found[axis] = self.codes.kept(channels.of(carrier))
+        key = str(node.target) if node.op == "get_attr" else str(node.meta["path"])
+        for axis, side in enumerate(("rows", "columns") if leaf == "weight" else ("rows",)):
+            if (key, side) in self._heads:
+                found[axis] = self._of_heads(key, side)
+        return found
 
     def _axes(self, node: fx.Node, leaf: str, tensor: Tensor) -> list[Floats]:
         """The lengths of a tensor's axes by one-hot code; what no choice narrows is one axis."""
-        channels, path = self.net.sites.channels, str(node.meta["path"])
-        rows, columns = self._rows(node), None
-        if leaf == "weight" and node in channels.readers:
-            columns = self.codes.kept(channels.of(first(node)))
-        if node in channels.states:
-            axis, user = channels.states[node]
-            return [
-                self.codes.kept(channels.of(user)),
-                self.codes.constant(tensor.numel() / tensor.shape[axis]),
-            ]
-        columns = self._of_heads(path, "columns", columns) if leaf == "weight" else None
-        rest = tensor.numel()
-        axes = []
-        for axis, lengths in ((0, rows), (1, columns)):
-            if lengths is not None:
-                axes.append(lengths)
-                rest //= tensor.shape[axis]
+        found, path = self._lengths(node, leaf), str(node.meta["path"])
+        axes, rest = list(found.values()), tensor.numel()
+        for axis in found:
+            rest //= tensor.shape[axis]
         if leaf == "weight" and path in self._kernels:
             name, sizes = self._kernels[path]
             powers = [float(k ** (tensor.dim() - 2)) for k in sizes]
@@ -139,9 +134,7 @@ class Weights:
             rest //= int(powers[-1])
         return [*axes, self.codes.constant(rest)]
 
-    def _of_heads(self, path: str, side: str, found: Floats | None) -> Floats | None:
-        if (path, side) not in self._heads:
-            return found
+    def _of_heads(self, path: str, side: str) -> Floats:
         name, heads, site, values = self._heads[path, side]
         return self.codes.of(name, [float(torch.isin(heads, site.order[:kept]).sum()) for kept in values])
 
