@@ -50,6 +50,7 @@ def specialize(
     heads: opt.Heads = None,
     resolution: opt.Resolution = None,
     bits: opt.Bits = None,
+    transforms: Annotated[bool, typer.Option("--transforms", help="Learn smaller kernels from larger ones.")] = False,
     protect: opt.Protect = None,
     control: Annotated[bool, typer.Option(help="Also judge as many networks drawn at random.")] = True,
     dry_run: Annotated[
@@ -69,7 +70,7 @@ def specialize(
     from palmette.supernet.boards import Recipe, parse_board, parse_tables, run_boards
 
     heal = opt.heal_config(epochs=epochs, lr=lr, optimizer=optimizer)
-    elastic = opt.elastic(width, depth, kernel, heads, resolution, bits, protect)
+    elastic = opt.elastic(width, depth, kernel, heads, resolution, bits, protect) | {"transforms": transforms}
     boards = [parse_board(text) for text in board]
     clocks = parse_tables(latency or (), boards)
     resolved, found = opt.load_pair(model, weights, data, image_size, batch_size, seed, trust)

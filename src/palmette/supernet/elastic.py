@@ -17,6 +17,7 @@ from palmette.graph.int8 import rounded
 from palmette.graph.ops import BATCH_NORMS, get_tensor
 from palmette.graph.resize import narrow, resized_args
 from palmette.graph.spans import Run
+from palmette.supernet.transforms import KernelTransforms
 
 Statistics = Mapping[str, tuple[Tensor, Tensor]]
 """Running mean and variance of each batch norm of a sub-network, by its path."""
@@ -40,10 +41,10 @@ class Cut:
 
 
 class Runner:
-    """Runs a captured graph with a cut."""
+    """Runs a captured graph with a cut. `transforms`: what kernels become as they shrink; their centres without it."""
 
-    def __init__(self, gm: fx.GraphModule, cut: Cut) -> None:
-        self.gm, self.int8 = gm, cut.int8
+    def __init__(self, gm: fx.GraphModule, cut: Cut, transforms: KernelTransforms | None = None) -> None:
+        self.gm, self.int8, self.transforms = gm, cut.int8, transforms
         self.layers = {entry["path"]: entry for entry in cut.decision["layers"]}
         self.states: dict[str, list[dict[str, Any]]] = {}
         for entry in cut.decision["states"]:
@@ -106,7 +107,11 @@ class Runner:
             return layer
         twin = _sharing(layer)
         if entry is not None:
-            narrow(twin, entry, lambda value, axis, side, _: _select(value, axis, side))
+            narrow(twin, entry, _cut)
+            if self.transforms is not None and "kernel" in entry:
+                whole = _sharing(layer)
+                narrow(whole, {key: side for key, side in entry.items() if key != "kernel"}, _cut)
+                twin.weight = self.transforms(entry["path"], whole.weight, entry["kernel"])
         if int8:
             twin.weight = rounded(twin.weight)
         if own is not None:
@@ -128,6 +133,10 @@ def _sharing(layer: nn.Module) -> Any:
     tensors = {**layer._parameters, **layer._buffers}
     twin.__dict__.update(_parameters={}, _buffers={}, **tensors)
     return twin
+
+
+def _cut(value: Tensor, axis: int, side: Mapping[str, Any], _: str) -> Tensor:
+    return _select(value, axis, side)
 
 
 def _select(value: Tensor, axis: int, side: Mapping[str, Any]) -> Tensor:

@@ -31,6 +31,7 @@ from palmette.supernet.elastic import Cut, Runner
 from palmette.supernet.resolution import RESOLUTION, Scaled, edge_of, resized, resolutions, set_edge
 from palmette.supernet.sites import Sites
 from palmette.supernet.space import Config, key_of
+from palmette.supernet.transforms import KernelTransforms
 
 CACHED = 64
 """Configurations whose instructions are kept at once."""
@@ -40,12 +41,15 @@ class Supernet(nn.Module):
     """A network that holds all its sub-networks. Make one with `Supernet.from_model`.
 
     `space`: what may be chosen. `static`: path -> why it was left as it is. `active`: the configuration that `forward`
-    runs. Its parameters are those of the largest network; a sub-network reads slices of them.
+    runs. Its parameters are those of the largest network, of which a sub-network reads slices, and the matrices of
+    `transforms`, which smaller kernels go through, if there are any.
     """
 
-    def __init__(self, network: fx.GraphModule, sites: Sites) -> None:
+    def __init__(self, network: fx.GraphModule, sites: Sites, *, transforms: bool = False) -> None:
         super().__init__()
         self.network, self.sites = network, sites
+        kernels = dict(sites.kernels.values())
+        self.transforms = KernelTransforms(network, kernels) if transforms and kernels else None
         self.space, self.static = sites.space(), sites.static
         self._runners: dict[str, Runner] = {}
         self._statistics: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
@@ -63,6 +67,7 @@ class Supernet(nn.Module):
         resolution: Sequence[int] = (),
         round_to: int = 8,
         bits: Sequence[int] = (),
+        transforms: bool = False,
         protect: Iterable[str] = (),
     ) -> Supernet:
         """The supernet of which `model` is the largest network; `model` stays untouched.
@@ -72,6 +77,7 @@ class Supernet(nn.Module):
         of a transformer count as one). kernel: edges to which larger kernels may be cropped. heads: shares of the
         attention heads. resolution: edges in pixels to which square images may be scaled before the network sees them.
         bits: (8, 32) lets the weight of each layer be stored in 8 bits, integers with a scale for each output channel.
+        transforms: smaller kernels are learned from larger ones (Once-for-All), beginning with their centres.
         An empty sequence, or a depth of 0, leaves that side alone. protect: path prefixes of what stays whole. Raises
         CaptureError for a network that does not trace, InputError for options out of bounds.
         """
@@ -81,7 +87,7 @@ class Supernet(nn.Module):
         edges, static = resolutions(model, gm, example_inputs, resolution)
         sites = Sites(gm, tuple(protect), width, depth, kernel, heads, round_to, edges, stored)
         sites.static |= static
-        return Supernet(gm, sites)
+        return Supernet(gm, sites, transforms=transforms)
 
     # -- what is active ------------------------------------------------------------------------------------------------
 
@@ -117,7 +123,7 @@ class Supernet(nn.Module):
         args, kwargs = self.scaled((args, kwargs))
         if self.active == self.space.max() and (self.training or key not in self._statistics):
             return self.network(*args, **kwargs)
-        runner = self._runners.pop(key, None) or Runner(self.network, self.cut(self.active))
+        runner = self._runners.pop(key, None) or Runner(self.network, self.cut(self.active), self.transforms)
         self._runners[key] = runner
         if len(self._runners) > CACHED:
             del self._runners[next(iter(self._runners))]
@@ -146,6 +152,8 @@ class Supernet(nn.Module):
         cut = self.cut(config)
         gm = copy.deepcopy(self.network)
         example = example_of(gm)
+        if self.transforms is not None:
+            self.transforms.write(gm, cut.decision["layers"])
         if cut.dropped:
             gm = Plan([drop(name_of(run)) for run in cut.dropped]).apply(gm, example)
         resize(gm, _present(gm, cut.decision))
