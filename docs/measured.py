@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from adapt_tables import adapt_section
+from board_tables import board_section
 from depth_tables import depth_sections
 from device_tables import device_section
 from layout import NOTE, escape, page, table
@@ -83,7 +84,8 @@ def benchmarks_page() -> str:
         for figures in runs_of(path):
             network, data = figures["model"].rpartition(":")[2], figures["data"].partition(":")[0]
             parts += [f"## {network} on {data}", accounting(figures), made_by(path, figures)]
-    parts += [*depth_sections(), adapt_section(), supernet_section(), trained_section(), device_section()]
+    parts += [*depth_sections(), adapt_section(), supernet_section(), trained_section(), board_section()]
+    parts += [device_section()]
     if len(parts) == 3:
         parts.append("No results are stored yet: `make bench` measures them.")
     return page(parts)

@@ -117,7 +117,7 @@ def generators(loader: Any) -> list[Any]:
 
 
 def _holders(loader: Any) -> list[Any]:
-    """The loader and the samplers and datasets reachable from it, each once, those with attributes only."""
+    """The loader and the samplers, datasets and loaders reachable from it, each once, those with attributes only."""
     found: dict[int, Any] = {}
     queue = [loader]
     while queue:
@@ -125,7 +125,7 @@ def _holders(loader: Any) -> list[Any]:
         if holder is None or id(holder) in found or not hasattr(holder, "__dict__"):
             continue
         found[id(holder)] = holder
-        queue += [vars(holder).get(name) for name in ("batch_sampler", "sampler", "dataset", "transform")]
+        queue += [vars(holder).get(name) for name in ("batch_sampler", "sampler", "dataset", "transform", "loader")]
     return list(found.values())
 
 

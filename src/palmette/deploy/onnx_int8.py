@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from palmette.compat import optional
-from palmette.graph.int8 import LARGEST
+from palmette.graph.int8 import LARGEST, SHORTEST
 
 _Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -38,8 +38,8 @@ def store_as_int8(model: Any) -> None:
 
 
 def _on_grid(weight: _Array) -> tuple[_Array, _Array] | None:
-    """Integers [rows, ...] and scales [rows] of a weight on a grid, None for one off it, or of less than two axes."""
-    if weight.ndim < 2 or not weight.size or not np.isfinite(weight).all():
+    """Integers [rows, ...] and scales [rows] of a weight on a grid, None for one off it, or with short rows."""
+    if weight.ndim < 2 or weight[:1].size < SHORTEST or not np.isfinite(weight).all():
         return None
     largest = np.abs(weight).max(tuple(range(1, weight.ndim)), keepdims=True)
     steps = (largest / LARGEST).astype(np.float32)

@@ -192,7 +192,7 @@ class Channels:
 
     def _own_state(self, node: fx.Node) -> bool:
         """Whether the node reads a parameter or buffer that nothing else reads."""
-        if not is_state(node) or len(node.users) > 1 or self.reader.calls[str(node.target)] > 1:
+        if not is_state(node) or len(node.users) > 1 or self.reader.read_twice(node):
             return False
         return id(get_tensor(self.gm, str(node.target))) not in self.reader.shared
 

@@ -18,6 +18,8 @@ from palmette.graph.capture import is_captured
 LARGEST = 127
 """Symmetric: -128 is left out, so that zero is zero and a sign can be turned."""
 SCALE_BYTES = 4
+SHORTEST = 4
+"""Elements of a row below which a scale costs what its integers save, in float16 already."""
 
 Stored = tuple[Tensor, Tensor]
 """Integers of a weight's shape, int8, and scales [rows], float32."""

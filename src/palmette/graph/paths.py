@@ -90,12 +90,19 @@ class Reader:
             "linear",
         )
 
+    def read_twice(self, state: fx.Node) -> bool:
+        """Whether a parameter or buffer that a node reads is read again, or belongs to a module that is called."""
+        target = str(state.target)
+        return self.calls[target] > 1 or self.calls[target.rpartition(".")[0]] > 0
+
     def weight_reason(self, node: fx.Node) -> str:
         """Why the weights of an affine node cannot be rewritten, "" if they can."""
         if node.op == "call_module":
             module = module_of(self.gm, node)
             if self.calls[str(node.target)] > 1:
                 return f"'{node.target}' is called several times"
+            if module is not None and any(self.calls[f"{node.target}.{leaf}"] for leaf in module._parameters):
+                return f"a weight of '{node.target}' is read beside it"
             if module is not None and any(id(p) in self.shared for p in module._parameters.values() if p is not None):
                 return f"'{node.target}' has tied weights"
             if isinstance(module, CONVOLUTIONS) and (module.padding_mode != "zeros" or _int_padding(module) is None):
@@ -104,7 +111,7 @@ class Reader:
         for n in node.all_input_nodes[1:]:
             if n.op != "get_attr":
                 return f"the weight of '{node.meta['path']}' is computed"
-            if len(n.users) > 1 or self.calls[str(n.target)] > 1:
+            if len(n.users) > 1 or self.read_twice(n):
                 return f"'{n.target}' has tied weights"
             if id(get_tensor(self.gm, str(n.target))) in self.shared:
                 return f"'{n.target}' has tied weights"

@@ -36,7 +36,7 @@ def node_at(gm: fx.GraphModule, path: str) -> fx.Node:
     """The node of that stable path. Raises PlanError if there is none."""
     node: fx.Node
     for node in gm.graph.nodes:
-        if node.op not in ("get_attr", "output") and node.meta.get("path") == path:
+        if node.op not in ("placeholder", "get_attr", "output") and node.meta.get("path") == path:
             return node
     raise PlanError(f"The network has no operation '{path}'", fix="Load into the network that the file was made from.")
 

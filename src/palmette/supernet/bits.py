@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from palmette.errors import InputError
 from palmette.graph.candidates import is_protected
-from palmette.graph.int8 import SCALE_BYTES
+from palmette.graph.int8 import SCALE_BYTES, SHORTEST
 from palmette.graph.ops import get_tensor
 from palmette.graph.paths import Reader
 
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from palmette.supernet.codes import Codes, Floats
 
 INT8, WHOLE = 8, 32
-SHORTEST = 4
-"""Elements of a row below which a scale costs what its integers save, in float16 already."""
 
 
 @dataclass(frozen=True)

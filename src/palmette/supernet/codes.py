@@ -36,7 +36,7 @@ class Codes:
         """Configurations as numbers of values [n, choices]."""
         place = [{v: i for i, v in enumerate(c.values)} for c in self.choices]
         rows = [[p[config[c.name]] for p, c in zip(place, self.choices, strict=True)] for config in configs]
-        return np.array(rows, dtype=np.int64).reshape(-1, len(self.choices))
+        return np.array(rows, dtype=np.int64).reshape(len(rows), len(self.choices))
 
     def decode(self, code: Ints) -> dict[str, int]:
         """The configuration of numbers of values [choices]."""

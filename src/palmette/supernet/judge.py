@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import fx
 
-from palmette.seeding import seeded
 from palmette.supernet.resolution import RESOLUTION, Scaled
 from palmette.supernet.space import Config, key_of
 from palmette.supernet.supernet import Supernet, recalibrated
@@ -68,9 +67,8 @@ class Judge:
 
     def network(self, config: Config) -> fx.GraphModule:
         """The plain network of a configuration, its batch norms measured as they were when it was judged."""
-        with seeded(self.seed, "recalibrate"):
-            self.net.recalibrate(config, self.train, self.batches)
-        return self.net.extract(config)
+        self.net.recalibrate(config, self.train, self.batches, seed=self.seed)
+        return self.net.extract(config).eval()
 
     def _item(self, config: Config, done: Journal) -> Any:
         """What a trial is given: for a worker elsewhere the network comes along, unless it is judged already."""
@@ -97,6 +95,5 @@ def _judged(
     edge = config.get(RESOLUTION)
     if edge is not None:
         train, loader = Scaled(train, edge), Scaled(loader, edge)
-    with seeded(seed, "recalibrate"):
-        recalibrated(network, train, batches)
+    recalibrated(network, train, batches, seed)
     return evaluate(network, loader, metric=metric, loss_fn=loss_fn).pack()

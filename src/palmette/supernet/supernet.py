@@ -7,8 +7,8 @@ the same.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -32,6 +32,7 @@ from palmette.supernet.resolution import RESOLUTION, Scaled, edge_of, resized, r
 from palmette.supernet.sites import Sites
 from palmette.supernet.space import Config, key_of
 from palmette.supernet.transforms import KernelTransforms
+from palmette.train.batches import check_iterable, drawn
 
 CACHED = 64
 """Configurations whose instructions are kept at once."""
@@ -167,17 +168,20 @@ class Supernet(nn.Module):
         return gm
 
     @torch.no_grad()
-    def recalibrate(self, config: Mapping[str, int], loader: Iterable[Any], batches: int = 10) -> None:
+    def recalibrate(
+        self, config: Mapping[str, int], loader: Iterable[Any], batches: int = 10, *, seed: int = 0
+    ) -> None:
         """Measure the statistics of the batch norms of a configuration on training inputs; no weight changes.
 
         Slices share one set of statistics, which is right for the largest network only. The mean and variance of
         `batches` batches are averaged, each batch with the same weight; from then on `forward` in eval mode and
-        `extract` use them for that configuration. Source: Once-for-All, which takes 2,000 training images.
+        `extract` use them for that configuration, the largest included. seed: of the loader's draws, which are the same
+        for every configuration and leave no trace. Source: Once-for-All, which takes 2,000 training images.
 
-        Raises DataError for an empty loader.
+        Raises DataError for an empty loader, or batches of one sample, InputError for less than one batch.
         """
         edge, gm = config.get(RESOLUTION), self.extract(config)
-        found = recalibrated(gm, loader if edge is None else Scaled(loader, edge), batches)
+        found = recalibrated(gm, loader if edge is None else Scaled(loader, edge), batches, seed)
         if found:
             self._statistics[key_of(self.space.canonical(config))] = found
 
@@ -187,11 +191,15 @@ class Supernet(nn.Module):
 
 
 @torch.no_grad()
-def recalibrated(gm: fx.GraphModule, loader: Iterable[Any], batches: int = 10) -> dict[str, tuple[Tensor, Tensor]]:
+def recalibrated(
+    gm: fx.GraphModule, loader: Iterable[Any], batches: int = 10, seed: int = 0
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Measure the statistics of a captured network's batch norms in place; mean and variance of each by its path.
 
     As `Supernet.recalibrate`, which raises the same.
     """
+    if batches < 1:
+        raise InputError(f"batches = {batches} is out of bounds", fix="Give 1 or more.")
     norms = _norms(gm)
     momenta = {path: norm.momentum for path, norm in norms.items()}
     gm.eval()
@@ -200,16 +208,27 @@ def recalibrated(gm: fx.GraphModule, loader: Iterable[Any], batches: int = 10) -
         norm.momentum = None
         norm.train()
     device = next(gm.parameters()).device
-    seen = 0
-    for batch in itertools.islice(loader, batches if norms else 0):
-        call(gm, to_device(inputs_of(batch), device))
-        seen += 1
-    if norms and not seen:
+    check_iterable(loader, once=True)
+    with drawn(loader, seed) as epoch, contextlib.suppress(StopIteration):
+        while norms and epoch.drawn < batches:
+            _seen_by(gm, to_device(inputs_of(epoch.next()), device))
+    if norms and not epoch.drawn:
         raise DataError("The loader is empty", fix="Give it at least one batch.")
     gm.eval()
     for path, norm in norms.items():
         norm.momentum = momenta[path]
     return {path: (own.running_mean.clone(), own.running_var.clone()) for path, own in norms.items()}
+
+
+def _seen_by(gm: fx.GraphModule, inputs: Any) -> None:
+    try:
+        call(gm, inputs)
+    except ValueError as error:
+        raise DataError(
+            "Batch norms cannot be measured on a batch",
+            why=str(error),
+            fix="Give batches of two samples or more; drop_last leaves a smaller last one out.",
+        ) from error
 
 
 def _check(width: Sequence[float], depth: int, heads: Sequence[float], round_to: int) -> None:

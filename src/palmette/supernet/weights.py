@@ -35,6 +35,11 @@ class Weights:
         self._kernels = {path: (name, sizes) for name, (path, sizes) in net.sites.kernels.items()}
         inside, beside = tables.gone()
         gone = {**inside, **beside}
+        absences: dict[int, Floats] = {}  # a tensor is there as long as one of its readers is
+        for node in net.network.graph.nodes:
+            for _, tensor in _parameters_of(net.network, node):
+                own = gone.get(node, np.zeros(tables.width))
+                absences[id(tensor)] = np.minimum(own, absences.get(id(tensor), own))
         seen: set[int] = set()
         self.parts: list[tuple[list[Floats], Floats]] = []
         self.elements: list[tuple[list[Floats], Floats]] = []
@@ -45,8 +50,9 @@ class Weights:
                 axes = self._axes(node, leaf, tensor)
                 if id(tensor) not in seen:
                     seen.add(id(tensor))
-                    self.elements.append((axes, absent))
-                    self.parts += [(stored, absent) for stored in self._stored(node, leaf, tensor, axes)]
+                    away = absences[id(tensor)]
+                    self.elements.append((axes, away))
+                    self.parts += [(stored, away) for stored in self._stored(node, leaf, tensor, axes)]
                 if leaf == "weight" and node.op == "call_module":
                     self.uses.append(([*axes, self._often(sized, tensor.numel())], absent))
 
