@@ -8,9 +8,9 @@ hundred thousand configurations are one product of matrices. Weights are product
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from torch import fx
@@ -22,14 +22,17 @@ from palmette.graph.channel_rules import ELEMENTWISE
 from palmette.graph.ops import BATCH_NORMS, CONVOLUTIONS, ChannelAffine, module_of, op_name
 from palmette.meter.memory import Step, follow
 from palmette.supernet.codes import Codes, Floats, Ints
+from palmette.supernet.moments import Row
 from palmette.supernet.resolution import RESOLUTION, at_edge, edge_of
 from palmette.supernet.space import Config
 from palmette.supernet.supernet import Supernet
+from palmette.supernet.train_memory import TrainingMemory
 from palmette.supernet.weights import Weights
 
 if TYPE_CHECKING:
     from palmette.supernet.latency import LatencyTable
 
+Mode = Literal["infer", "train"]
 _CHUNK = 8192
 CLOSE = 1e-5
 """Share of a bound on latency by which rounding may pass it."""
@@ -71,13 +74,30 @@ class MemoryModel:
     activation, a norm or a sum takes the place of an operand that nothing reads afterwards; with
     `profile.inplace_depthwise` a depthwise convolution does too. Weights in 8 bits are dequantised as they are read.
 
+    mode: "train" counts a training step at `batch` in place of an inference: forward in training mode, a cross entropy,
+    backward with gradients of all parameters, held until plain SGD steps; never less than `measure_training` finds for
+    the extracted network. Operators then run as PyTorch runs them, whatever the profile says of places and operators.
+
     latency: what `measure_latencies` found on the device; needed where the profile bounds the latency. Raises
-    InputError for a bound on latency without a table, or a table of another space.
+    InputError for a bound on latency without a table, a table of another space, another mode or batch, and where a
+    training step cannot be followed without data.
     """
 
     def __init__(
-        self, net: Supernet, profile: DeviceProfile | None = None, *, latency: LatencyTable | None = None
+        self,
+        net: Supernet,
+        profile: DeviceProfile | None = None,
+        *,
+        latency: LatencyTable | None = None,
+        mode: Mode = "infer",
+        batch: int = 1,
     ) -> None:
+        if mode not in get_args(Mode) or batch < 1 or (mode == "infer" and batch > 1):
+            raise InputError(
+                f"mode = {mode!r} with batch = {batch} cannot be counted",
+                fix='Give "infer", which is of one sample, or "train" and a batch of 1 or more.',
+            )
+        self.mode, self.batch = mode, batch
         self.net, self.profile, self.latency = net, profile or DeviceProfile(), latency
         self._item = self.profile.element_bytes
         self.codes = Codes(net.sites, net.space.choices)
@@ -102,6 +122,11 @@ class MemoryModel:
             for graph, edge in zip(graphs, self.resolutions, strict=True)
         ]
         self.weights = Weights(net, self.codes, self._item, graphs)
+        self._training: TrainingMemory | None = None
+        if mode == "train":
+            self._training = TrainingMemory(
+                net, self.codes, self.weights, lambda node: self._size(node, 1, {}), self.gone, self._item, batch
+            )
 
     def bounded(self, *, ram: int) -> MemoryModel:
         """The same model with another bound on RAM; nothing is followed again."""
@@ -144,14 +169,20 @@ class MemoryModel:
 
     def binding(self, config: Config) -> Binding:
         """The step at which a configuration needs most."""
-        live = self.live(self.codes.encode([config]))[0]
+        code = self.codes.encode([config])
+        live = self.live(code)[0]
         step = int(live.argmax())
-        return Binding(str(self._nodes[step].meta.get("path", self._nodes[step].name)), int(live[step]))
+        return Binding(self._names(code)[step], int(live[step]))
 
     def per_step(self, config: Config) -> list[tuple[str, int]]:
-        """Path and bytes alive of every step that runs, in order."""
-        live = self.live(self.codes.encode([config]))[0]
-        return [(str(n.meta.get("path", n.name)), int(b)) for n, b in zip(self._nodes, live, strict=True) if b > -1]
+        """Path and bytes alive of every step that runs, in order; of training, the moments that may be its peak."""
+        code = self.codes.encode([config])
+        return [(n, int(b)) for n, b in zip(self._names(code), self.live(code)[0], strict=False) if b > -1]
+
+    def _names(self, code: Ints) -> Sequence[str]:
+        if self._training is not None:
+            return self._training.tables[int(self.codes.places(RESOLUTION, code)[0])].names
+        return [str(n.meta.get("path", n.name)) for n in self._nodes]
 
     # -- tables --------------------------------------------------------------------------------------------------------
 
@@ -229,14 +260,23 @@ class MemoryModel:
             return self.codes.kept(classes) * (amount * scale / len(classes))
         return self.codes.constant(amount * scale)
 
-    def steps(self, place: int) -> Floats:
-        """For each step the vector [steps, width] that times a code of that resolution gives the bytes alive."""
-        return self._tables[place].steps()
+    def rows(self, place: int) -> Iterator[Row]:
+        """The bytes alive at each step of that resolution as a sum of products of columns of a one-hot code."""
+        if self._training is not None:
+            yield from self._training.tables[place].rows()
+            return
+        spans = [slice(self.codes.first[c.name], self.codes.first[c.name] + len(c.values)) for c in self.codes.choices]
+        for live, gone in zip(self._tables[place].steps(), self.gone, strict=True):
+            terms: dict[tuple[int, ...], float] = {(): float(live[0])}
+            terms |= {(int(c),): float(live[c]) for c in np.flatnonzero(live) if c}
+            yield Row(terms, gone, float(live[0] + sum(max(0.0, float(live[s].max())) for s in spans)))
 
     def live(self, codes: Ints) -> Floats:
         """Bytes alive [n, steps]; -1 at steps that do not run."""
         onehot = self.codes.onehot(codes)
         places = self.codes.places(RESOLUTION, codes)
+        if self._training is not None:
+            return self._training.live(onehot, places)
         live = np.zeros((len(codes), len(self._nodes)))
         for place in np.unique(places):
             live[places == place] = self._tables[place].live(onehot[places == place])

@@ -1,8 +1,8 @@
 """The best configuration of a supernet within a device's bounds, exactly, when the value of choices adds up.
 
 What is alive at a step is linear in the code of a configuration, so "the peak is within the budget" is one linear
-constraint for each step; parameters are products of choices, which a binary variable for each product makes linear. The
-rest is an integer program, solved to optimality by HiGHS through scipy.
+constraint for each step; parameters, and what a training step holds, are products of choices, which a binary variable
+for each product makes linear. The rest is an integer program, solved to optimality by HiGHS through scipy.
 """
 
 from __future__ import annotations
@@ -17,10 +17,8 @@ from palmette import compat
 from palmette.device import parse_latency
 from palmette.supernet.codes import Floats, Ints
 from palmette.supernet.memory import MemoryModel
+from palmette.supernet.moments import Product
 from palmette.supernet.resolution import RESOLUTION
-
-Product = tuple[int, ...]
-"""Columns of a one-hot code whose product is meant, ascending; () is the number one."""
 
 SLACK = 0.5
 """Bytes are whole numbers: half a byte keeps rounding inside the solver from deciding."""
@@ -106,15 +104,13 @@ class Optimizer:
             return
         room = profile.ram_bytes - profile.reserve_bytes + SLACK
         parameters = {} if profile.weights_in == "flash" else self.memory.weights.terms()
-        for live, gone in zip(self.memory.steps(place), self.memory.gone, strict=True):
-            terms: dict[Product, float] = {(): float(live[0])}
-            terms |= {(int(c),): float(live[c]) for c in np.flatnonzero(live) if c}
-            most = float(live[0] + sum(max(0.0, float(live[s].max())) for s in self._spans()))
-            for column in np.flatnonzero(gone):  # a step that does not run binds nothing
-                _add(terms, (int(column),), -float(gone[column]) * most)
+        for row in self.memory.rows(place):
+            terms = dict(row.terms)
+            for column in np.flatnonzero(row.gone):  # a step that does not run binds nothing
+                _add(terms, (int(column),), -float(row.gone[column]) * row.most)
             for product, amount in parameters.items():
                 _add(terms, product, amount)
-            if most > room or parameters:
+            if row.most > room or parameters:
                 program.at_most(terms, room)
 
     def _bound_flash(self, program: _Program) -> None:
