@@ -99,7 +99,7 @@ class Moments:
             for place in np.flatnonzero(amounts):
                 for columns, share in products[place].items():
                     terms[columns] = terms.get(columns, 0.0) + float(amounts[place]) * share
-            yield Row(terms, self.gone[group], float(amounts.sum()))
+            yield Row(terms, self.gone[group], float(amounts.clip(min=0.0).sum()))
 
 
 def assembled(

@@ -9,7 +9,7 @@ output.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
 from torch import fx
@@ -80,7 +80,7 @@ class TrainingMemory:
         moments = _turns(whole, gone)
         alive, gone = _alive(whole, moments), gone[moments]
         births = list(whole.births)
-        for number, extra, when in self._stand_ins(whole, alive, gone):
+        for number, extra, when in self._stand_ins(whole, moments, alive, gone):
             births.append(births[number])
             forms.append((*forms[number], when))
             alive = np.concatenate([alive, extra[:, None]], axis=1)
@@ -122,21 +122,42 @@ class TrainingMemory:
         sized = [self._sized[place] for place in around]
         return list(dict.fromkeys((*sized, *(self._parameters[number] for place in around for number in held[place]))))
 
-    def _stand_ins(self, whole: StepTrace, alive: Floats, gone: Floats) -> Iterator[tuple[int, Floats, int]]:
-        """Where the input of a block that is gone must live on for its output: whose size, when, with which depth."""
+    def _stand_ins(
+        self, whole: StepTrace, moments: Ints, alive: Floats, gone: Floats
+    ) -> Iterator[tuple[int, Floats, int]]:
+        """What changes beside what goes when blocks go: whose size, at which moments it is added or not, which share.
+
+        The input of the first block that goes lives on where an output did, and is let go of where only they held it.
+        """
         for name, (stage, values) in self.net.sites.stages.items():
             for place, kept in enumerate(values):
                 column = self.codes.first[name] + place
-                runs = gone[:, column] == 0
-                blocks = stage.blocks[kept * stage.period :]
-                ends = [self._at[blocks[0].source], *(self._at[b.output] for b in blocks)] if blocks else []
-                covered = np.zeros(len(alive), dtype=bool)
-                for number in (whole.made[end] for end in ends if end in whole.made):
-                    extra = (alive[:, number] > 0) & runs & ~covered
-                    if extra.any() and number != whole.made.get(ends[0]):
-                        (when,) = self._shares.number(np.eye(self.codes.width)[column])
+                blocks = [b for b in stage.blocks[kept * stage.period :] if self._at[b.output] in whole.made]
+                source = whole.made.get(self._at[blocks[0].source]) if blocks else None
+                if source is None:
+                    continue
+                (when,) = self._shares.number(np.eye(self.codes.width)[column])
+                region = {node for b in blocks for node in b.region}
+                made = [number for b in blocks if (number := whole.made[self._at[b.output]]) != source]
+                outputs = [number for number in made if not self._only_in(whole, number, region)]
+                runs, held = gone[:, column] == 0, alive[:, source] > 0
+                stands = np.zeros(len(moments), dtype=bool)
+                for number in outputs:
+                    extra = (alive[:, number] > 0) & runs & ~held & ~stands
+                    stands |= alive[:, number] > 0
+                    if extra.any():
                         yield number, extra.astype(float), when
-                    covered |= alive[:, number] > 0
+                if outputs and self._only_in(whole, source, region):
+                    idle = held & runs & ~stands & (moments >= min(made))
+                    if idle.any():
+                        yield source, -idle.astype(float), when
+
+    def _only_in(self, whole: StepTrace, number: int, region: Collection[fx.Node]) -> bool:
+        """Whether nothing outside a region reads a storage or is the last to let go of it."""
+        last = whole.births[number].last
+        same = {self._nodes[place] for place, made in whole.made.items() if made == number}
+        users = {user for node in same for user in node.users}
+        return last >= 0 and self._nodes[last] in region and users <= same | set(region)
 
     def _gone(self, birth: Birth) -> Floats:
         return self.gone[birth.place] if birth.place >= 0 else np.zeros(self.codes.width)

@@ -25,7 +25,7 @@ class Birth:
 
     place: the node that runs, or whose gradients are computed, by its position in the graph; -1 for inputs, targets and
     the loss. number: how many storages that node made before in that half of the step. death: the first moment at which
-    the storage is gone. parameter: which one's gradient it is at the end, by `parameters_in`; -1 for anything else.
+    the storage is gone; last: the node that ran when it went. parameter: which one's gradient it is at the end, by `parameters_in`; -1 for anything else.
     """
 
     place: int
@@ -34,6 +34,7 @@ class Birth:
     bytes: int
     floating: bool
     death: int = -1
+    last: int = -1
     parameter: int = -1
 
     @property
@@ -159,7 +160,12 @@ class _Recorder(Live):
 
     def _remove(self, address: int, size: int) -> None:
         super()._remove(address, size)
-        self.births[self.numbers.pop(address)].death = len(self.births)
+        birth = self.births[self.numbers.pop(address)]
+        birth.death, birth.last = len(self.births), self._place
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._context()
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
     def _context(self) -> int:
         """The node that runs, or the one whose gradients autograd computes."""
