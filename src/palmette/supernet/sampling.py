@@ -37,8 +37,9 @@ def start_of(memory: MemoryModel) -> Ints:
     parts = []
     if profile.ram_bytes is not None and ram > profile.ram_bytes:
         weights = "" if profile.weights_in == "flash" else f", and its weights take {format_bytes(flash)}"
+        step = f" for a training step at batch {memory.batch}" if memory.mode == "train" else ""
         parts.append(
-            f"the smallest needs {ram:,} bytes of RAM ({format_bytes(ram)}), {profile.ram_bytes:,} are there; most is "
+            f"the smallest needs {ram:,} bytes of RAM{step} ({format_bytes(ram)}), {profile.ram_bytes:,} are there; most is "
             f"alive at '{binding.path}', {binding.peak_bytes:,} bytes{weights}"
         )
     if profile.flash_bytes is not None and flash > profile.flash_bytes:

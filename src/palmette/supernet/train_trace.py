@@ -13,9 +13,10 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from palmette.errors import InputError
-from palmette.graph.inputs import main_output
+from palmette.graph.capture import example_of
+from palmette.graph.inputs import main_output, with_batch
 from palmette.meter.memory import fake_inputs
-from palmette.meter.training import Live, default_loss, storages_of, tensors_of
+from palmette.meter.training import Live, default_loss, measure_training, storages_of, tensors_of
 from palmette.supernet.weights import parameters_of
 
 
@@ -70,6 +71,16 @@ def target_of(output: Any) -> Tensor | None:
     return torch.zeros((logits.shape[0], *logits.shape[2:]), dtype=torch.long, device=logits.device)
 
 
+def measured_step(captured: fx.GraphModule, batch: int) -> int:
+    """Peak in bytes of the step of `trace_step` by `measure_training`, on a copy without data."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with FakeCopyMode(fake):
+        shadow, x = copy.deepcopy((captured, with_batch(example_of(captured), batch)))
+    shadow.train().requires_grad_(True)
+    with fake:
+        return measure_training(shadow, x, _target(shadow, batch)).peak_bytes
+
+
 def trace_step(captured: fx.GraphModule, batch: int) -> StepTrace:
     """Follow forward in training mode, loss and backward at `batch`, all parameters trained; gradients start from none.
 
@@ -99,10 +110,10 @@ def trace_step(captured: fx.GraphModule, batch: int) -> StepTrace:
 
 
 def _target(shadow: fx.GraphModule, batch: int) -> Tensor | None:
-    runner = fx.Interpreter(shadow)
     try:
         with torch.no_grad():
-            return target_of(shadow.graph.process_outputs(runner.run(*fake_inputs(shadow, batch), enable_io_processing=False)))
+            output = fx.Interpreter(shadow).run(*fake_inputs(shadow, batch), enable_io_processing=False)
+        return target_of(shadow.graph.process_outputs(output))
     except Exception as error:
         raise _explained(error, "") from error
 
