@@ -142,7 +142,9 @@ def measure_training(
     Raises InputError when the loss is not a scalar, or when nothing that it depends on is trainable.
     """
     modules = _modules(model, loss)
-    weights = {address for module in modules.values() for tensor in tensors_of(module) for address in storages_of(tensor)}
+    weights = {
+        address for module in modules.values() for tensor in tensors_of(module) for address in storages_of(tensor)
+    }
     with left_as_found(modules.values()), torch.inference_mode(mode=False), torch.enable_grad():
         x, y = (map_tensors(lambda t: t.detach().requires_grad_(t.requires_grad), given) for given in (x, y))
         with recording(modules.items()) as calls, Live(weights, calls.where) as live, _device_peak(model, x) as device:
@@ -383,7 +385,7 @@ class Live(TorchDispatchMode):
                     if address not in self._alive and address not in self._weights:
                         self._add(address, storage, tensor.dtype)
 
-    def _add(self, address: int, storage: torch.UntypedStorage, dtype: torch.dtype) -> None:
+    def _add(self, address: int, storage: torch.UntypedStorage, _dtype: torch.dtype) -> None:
         size = storage.nbytes()
         self._alive[address] = weakref.ref(storage, lambda _: self._remove(address, size))
         self._current += size

@@ -205,8 +205,8 @@ def reach(memory: MemoryModel) -> str:
     fits = "the largest fits" if memory.fits(codes)[1] else "the largest does not fit"
     step = f" to train at batch {memory.batch}" if memory.mode == "train" else ""
     return (
-        f"{memory.profile.name}: RAM{step} {ram[0]:,} to {ram[1]:,} bytes, parameters {params[0]:,} to {params[1]:,} bytes "
-        f"from the smallest to the largest; {fits}"
+        f"{memory.profile.name}: RAM{step} {ram[0]:,} to {ram[1]:,} bytes, parameters {params[0]:,} to {params[1]:,} "
+        f"bytes from the smallest to the largest; {fits}"
     )
 
 

@@ -39,8 +39,8 @@ def start_of(memory: MemoryModel) -> Ints:
         weights = "" if profile.weights_in == "flash" else f", and its weights take {format_bytes(flash)}"
         step = f" for a training step at batch {memory.batch}" if memory.mode == "train" else ""
         parts.append(
-            f"the smallest needs {ram:,} bytes of RAM{step} ({format_bytes(ram)}), {profile.ram_bytes:,} are there; most is "
-            f"alive at '{binding.path}', {binding.peak_bytes:,} bytes{weights}"
+            f"the smallest needs {ram:,} bytes of RAM{step} ({format_bytes(ram)}), {profile.ram_bytes:,} are there; "
+            f"most is alive at '{binding.path}', {binding.peak_bytes:,} bytes{weights}"
         )
     if profile.flash_bytes is not None and flash > profile.flash_bytes:
         parts.append(f"the smallest has {flash:,} bytes of parameters, the flash holds {profile.flash_bytes:,}")

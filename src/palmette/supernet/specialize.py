@@ -128,13 +128,13 @@ def specialize(
     Each candidate has its batch norms measured on `batches` batches of `train_loader` and is judged on `val_loader`;
     test data are looked at once, for the answer and the control. measurements: networks that are judged. searcher:
     "exact" draws half of them among those that fit, learns, and solves for the best that is promised, in `rounds`;
-    "nsga2" is evolution, for values that do not add up. mode: "train" bounds the RAM of a training step at `batch`, as
-    `MemoryModel` counts it, in place of that of an inference. control: judge as many drawn at random. latency: a table of the
+    "nsga2" is evolution, for values that do not add up. control: judge as many drawn at random. latency: a table of the
     device, needed where the profile bounds the latency; on the table's machine the best are timed, and one that proves
-    too slow gives way to the next. ray: "local", "auto" or an address, to judge on several workers. storage: of the
-    study of "nsga2", as `evolve` has it; processes that share it work together. run_dir: a folder for the network
-    (model.safetensors, for `pm.load` with `source`, the model that the supernet was made from), figures.json and each
-    measurement, so that an interrupted search goes on with `resume`.
+    too slow gives way to the next. mode: "train" bounds the RAM of a training step at `batch`, as `MemoryModel`
+    counts it, in place of that of an inference. ray: "local", "auto" or an address, to judge on several workers.
+    storage: of the study of "nsga2", as `evolve` has it; processes that share it work together. run_dir: a folder for
+    the network (model.safetensors, for `pm.load` with `source`, the model that the supernet was made from),
+    figures.json and each measurement, so that an interrupted search goes on with `resume`.
 
     Raises BudgetError at once if nothing fits, with the smallest need and what binds; InputError for options out of
     bounds, or a bound on latency without a table; VerifyError if the answer needs more than was computed; RunError for

@@ -10,6 +10,7 @@ output.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from torch import fx
@@ -17,13 +18,16 @@ from torch import fx
 from palmette.supernet.codes import Codes, Floats, Ints
 from palmette.supernet.moments import Moments, Shares, assembled
 from palmette.supernet.resolution import RESOLUTION
-from palmette.supernet.space import Config
+from palmette.supernet.space import Config, key_of
 from palmette.supernet.supernet import Supernet
 from palmette.supernet.train_trace import Birth, StepTrace, parameters_in, trace_step
 from palmette.supernet.weights import Weights, parameters_of
 
 _DIGITS = 6
 """The most networks from which shares are read; they tell twice as many choices apart each."""
+
+_STEPS: WeakKeyDictionary[Supernet, dict[tuple[int, str], StepTrace]] = WeakKeyDictionary()
+"""The steps that were followed, by batch and configuration: weights do not change them."""
 
 Form = tuple[int, ...]
 """A product of shares, by their numbers; () is the number one."""
@@ -73,7 +77,7 @@ class TrainingMemory:
         fixed = {} if edge is None else {RESOLUTION: edge}
         largest, smallest = {**self.net.max(), **fixed}, {**self.net.min(), **fixed}
         apart = list(self._apart(largest))
-        whole, least, *others = (trace_step(self.net.extract(c), self.batch) for c in (largest, smallest, *apart))
+        whole, least, *others = (self._step(c) for c in (largest, smallest, *apart))
         onehot = self.codes.onehot(self.codes.encode([largest, smallest, *apart]))
         forms = self._forms(whole, others, onehot[2:])
         gone = np.stack([self._gone(birth) for birth in whole.births])
@@ -87,6 +91,12 @@ class TrainingMemory:
         names = [self._name(whole.births[moment]) for moment in moments]
         peaks = np.array([step.peak_bytes for step in (whole, least, *others)], dtype=float)
         return assembled(self._shares, births, forms, alive, gone, names, self.item / whole.item, (onehot, peaks))
+
+    def _step(self, config: Config) -> StepTrace:
+        known, key = _STEPS.setdefault(self.net, {}), (self.batch, key_of(config))
+        if key not in known:
+            known[key] = trace_step(self.net.extract(config), self.batch)
+        return known[key]
 
     def _apart(self, largest: Config) -> Iterator[Config]:
         """Configurations with all blocks in which no two choices go together: the digits of their numbers."""

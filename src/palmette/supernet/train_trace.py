@@ -26,7 +26,8 @@ class Birth:
 
     place: the node that runs, or whose gradients are computed, by its position in the graph; -1 for inputs, targets and
     the loss. number: how many storages that node made before in that half of the step. death: the first moment at which
-    the storage is gone; last: the node that ran when it went. parameter: which one's gradient it is at the end, by `parameters_in`; -1 for anything else.
+    the storage is gone; last: the node that ran when it went. parameter: which one's gradient it is at the end, by
+    `parameters_in`; -1 for anything else.
     """
 
     place: int
@@ -91,22 +92,23 @@ def trace_step(captured: fx.GraphModule, batch: int) -> StepTrace:
     with FakeCopyMode(fake):
         shadow = copy.deepcopy(captured)
     shadow.train().requires_grad_(True)
-    with fake, torch.enable_grad():
+    with fake, torch.inference_mode(mode=False), torch.enable_grad():
         target = _target(shadow, batch)
         weights = {address for m in shadow.modules() for t in tensors_of(m) for address in storages_of(t)}
-        with _Recorder(weights) as recorder:
-            runner = _Runner(shadow, recorder)
+        recorder = _Recorder(weights)
+        runner = _Runner(shadow, recorder)
+        with recorder:
             inputs = fake_inputs(shadow, batch)
             recorder.see((inputs, target))
             try:
-                output = runner.answer(inputs)
+                output = shadow.graph.process_outputs(runner.run(*inputs, enable_io_processing=False))
                 recorder.start(-1)
                 value = default_loss(output, target)
                 recorder.start_backward()
                 torch.autograd.backward(value)
             except Exception as error:
                 raise _explained(error, runner.where) from error
-    return recorder.trace(parameters_in(shadow), runner.made)
+        return recorder.trace(parameters_in(shadow), runner.made)
 
 
 def _target(shadow: fx.GraphModule, batch: int) -> Tensor | None:
@@ -195,10 +197,6 @@ class _Runner(fx.Interpreter):
         self.where = ""
         self.made: dict[int, int] = {}
         self._positions = {node: position for position, node in enumerate(gm.graph.nodes)}
-
-    def answer(self, inputs: list[Tensor | None]) -> Any:
-        """What the network returns."""
-        return self.module.graph.process_outputs(self.run(*inputs, enable_io_processing=False))  # type: ignore[union-attr]
 
     def run_node(self, n: fx.Node) -> Any:
         self.where = str(n.meta.get("path", n.name))
