@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import palmette as pm
@@ -91,6 +92,22 @@ def test_the_peak_of_a_step_is_what_is_measured_on_the_extracted_network(name, r
     found = memory.peak_bytes(memory.codes.encode(configs)).tolist()
     assert found == [measured(net.extract(c), x) for c in configs]
     assert len(set(found)) > 5
+
+
+@pytest.mark.parametrize(("name", "sides"), [("OFA", (64, 96)), ("MOOFA", (128, 160))])
+def test_staged_spaces_say_what_is_measured_on_their_networks(name, sides):
+    space, rng = getattr(pm.supernet, name), np.random.default_rng(0)
+    kernel, expand = (rng.choice(choices, (4, 20)) for choices in (space.kernels, space.expands))
+    depth, side = rng.choice(space.depths, (4, 5)), np.array([*sides, *sides])
+    found = space.peak_elements(kernel, expand, depth, side, mode="train")
+    for place, elements in enumerate(found.tolist()):
+        with FakeTensorMode():
+            network = space.build(kernel[place], expand[place], depth[place]).train()
+            x = torch.randn(1, 3, side[place], side[place])
+            assert 4 * elements == pm.measure_training(network, x, torch.zeros(1, dtype=torch.long)).peak_bytes
+    assert (found > 2 * space.peak_elements(kernel, expand, depth, side, "activations")).all()
+    with pytest.raises(InputError, match="No mode"):
+        space.peak_elements(kernel, expand, depth, side, mode="both")
 
 
 @pytest.mark.parametrize("build", [Skips, PostNorm])
