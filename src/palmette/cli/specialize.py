@@ -21,6 +21,7 @@ _LATENCY = (
     "A table that `palmette profile` made of this supernet on the device, for one board or for all with latency_ms; "
     "may be repeated."
 )
+_MODE = "What a board's RAM bounds: an inference, or a training step on the board at --train-batch."
 _STRATEGY = (
     "Which networks a step trains: the largest, the smallest and two more (sandwich), or as palmette's docs say."
 )
@@ -44,6 +45,8 @@ def specialize(
     search: Annotated[Literal["exact", "nsga2"], typer.Option(help=_SEARCH)] = "exact",
     measurements: Annotated[int, typer.Option(min=10, help="Networks that are judged for each board.")] = 40,
     latency: Annotated[list[str] | None, typer.Option(metavar="[BOARD=]FILE", help=_LATENCY)] = None,
+    mode: Annotated[Literal["infer", "train"], typer.Option(help=_MODE)] = "infer",
+    train_batch: Annotated[int, typer.Option(min=1, help="Samples of a training step on the board.")] = 1,
     width: opt.Width = None,
     depth: opt.Depth = 2,
     kernel: opt.Kernel = None,
@@ -89,6 +92,8 @@ def specialize(
             searcher=search,
             measurements=measurements,
             control=control,
+            mode=mode,
+            batch=train_batch if mode == "train" else 1,
         ),
         example_inputs=found.example_inputs,
         run_dir=run,

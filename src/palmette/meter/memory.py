@@ -88,7 +88,7 @@ def follow(captured: fx.GraphModule, batch: int, operators: Operators = "own") -
     with evaluating(captured), FakeTensorMode(allow_non_fake_inputs=True) as fake:
         follower = _Follower(captured, fake, _core() if operators == "core" else {})
         try:
-            follower.run(*_fake_inputs(captured, batch), enable_io_processing=False)
+            follower.run(*fake_inputs(captured, batch), enable_io_processing=False)
         except Exception as error:
             raise InputError(
                 "Peak memory cannot be computed",
@@ -98,7 +98,7 @@ def follow(captured: fx.GraphModule, batch: int, operators: Operators = "own") -
     return follower.steps
 
 
-def _fake_inputs(captured: fx.GraphModule, batch: int) -> list[Tensor | None]:
+def fake_inputs(captured: fx.GraphModule, batch: int) -> list[Tensor | None]:
     """Inputs as captured, with the first axis of all that share the captured batch size set to `batch`."""
     metas = [node.meta for node in captured.graph.nodes if node.op == "placeholder"]
     shapes = [meta["shape"] for meta in metas]

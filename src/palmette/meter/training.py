@@ -142,10 +142,12 @@ def measure_training(
     Raises InputError when the loss is not a scalar, or when nothing that it depends on is trainable.
     """
     modules = _modules(model, loss)
-    weights = {address for module in modules.values() for tensor in _own(module) for address in _storages(tensor)}
+    weights = {
+        address for module in modules.values() for tensor in tensors_of(module) for address in storages_of(tensor)
+    }
     with left_as_found(modules.values()), torch.inference_mode(mode=False), torch.enable_grad():
         x, y = (map_tensors(lambda t: t.detach().requires_grad_(t.requires_grad), given) for given in (x, y))
-        with recording(modules.items()) as calls, _Live(weights, calls) as live, _device_peak(model, x) as device:
+        with recording(modules.items()) as calls, Live(weights, calls.where) as live, _device_peak(model, x) as device:
             held = _Held(weights, calls)
             live.see((x, y))
             with saved_tensors_hooks(held.pack, held.unpack):
@@ -177,7 +179,8 @@ def _modules(model: nn.Module, loss: Any) -> dict[str, nn.Module]:
     return modules
 
 
-def _own(module: nn.Module) -> list[Tensor]:
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    """Parameters and buffers of a module itself."""
     return [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
 
 
@@ -272,10 +275,10 @@ def _device_peak(model: nn.Module, x: Any) -> Iterator[list[int]]:
         peak.append(sum(torch.cuda.max_memory_allocated(device) - before[device] for device in devices))
 
 
-def _storages(tensor: Tensor) -> dict[int, torch.UntypedStorage]:
+def storages_of(tensor: Tensor) -> dict[int, torch.UntypedStorage]:
     """The storages of a tensor by address; a sparse tensor has two, a tensor of an opaque layout has none."""
     if tensor.layout == torch.sparse_coo:
-        return _storages(tensor._indices()) | _storages(tensor._values())
+        return storages_of(tensor._indices()) | storages_of(tensor._values())
     try:
         storage = tensor.untyped_storage()
     except (NotImplementedError, RuntimeError):
@@ -284,7 +287,7 @@ def _storages(tensor: Tensor) -> dict[int, torch.UntypedStorage]:
 
 
 def _unique_bytes(found: Iterable[Tensor]) -> int:
-    return sum({address: s.nbytes() for t in found for address, s in _storages(t).items()}.values())
+    return sum({address: s.nbytes() for t in found for address, s in storages_of(t).items()}.values())
 
 
 class _Kept:
@@ -323,7 +326,7 @@ class _Held:
 
     def pack(self, tensor: Tensor) -> _Kept:
         """Note who takes this tensor."""
-        storages = {a: s for a, s in _storages(tensor).items() if a not in self._weights}
+        storages = {a: s for a, s in storages_of(tensor).items() if a not in self._weights}
         self._packed += 1
         self._where[self._packed] = list(storages)
         for address, storage in storages.items():
@@ -358,15 +361,15 @@ class _Held:
         return tuple(sorted(found, key=lambda holder: -holder.bytes))
 
 
-class _Live(TorchDispatchMode):
+class Live(TorchDispatchMode):
     """The most bytes of storages, weights left out, that were alive at one time; operators show them."""
 
-    def __init__(self, weights: set[int], calls: Calls) -> None:
+    def __init__(self, weights: set[int], caller: Callable[[], str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak = self._current = 0
         self.where = ""
         self._weights = weights
-        self._calls = calls
+        self._caller = caller
         self._alive: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -378,16 +381,16 @@ class _Live(TorchDispatchMode):
         """Every tensor in `values` is alive now."""
         for tensor in tree_leaves(values):
             if isinstance(tensor, Tensor):
-                for address, storage in _storages(tensor).items():
+                for address, storage in storages_of(tensor).items():
                     if address not in self._alive and address not in self._weights:
-                        self._add(address, storage)
+                        self._add(address, storage, tensor.dtype)
 
-    def _add(self, address: int, storage: torch.UntypedStorage) -> None:
+    def _add(self, address: int, storage: torch.UntypedStorage, _dtype: torch.dtype) -> None:
         size = storage.nbytes()
         self._alive[address] = weakref.ref(storage, lambda _: self._remove(address, size))
         self._current += size
         if self._current > self.peak:
-            self.peak, self.where = self._current, self._calls.where()
+            self.peak, self.where = self._current, self._caller()
 
     def _remove(self, address: int, size: int) -> None:
         del self._alive[address]

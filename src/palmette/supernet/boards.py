@@ -19,7 +19,7 @@ from palmette.graph.inputs import inputs_of
 from palmette.report.render import render
 from palmette.run import Run
 from palmette.supernet.latency import LatencyTable
-from palmette.supernet.memory import MemoryModel
+from palmette.supernet.memory import MemoryModel, Mode
 from palmette.supernet.sampling import check_feasible
 from palmette.supernet.space import Kind
 from palmette.supernet.specialize import Searcher, Specialized, specialize
@@ -34,7 +34,10 @@ _FLAGS = {"true": True, "false": False}
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How the supernet is made (`elastic`: options of `Supernet.from_model`), trained and searched."""
+    """How the supernet is made (`elastic`: options of `Supernet.from_model`), trained and searched.
+
+    mode, batch: what the RAM of a board bounds, as for `specialize`.
+    """
 
     heal: HealConfig = field(default_factory=HealConfig)
     strategy: str = "sandwich"
@@ -45,6 +48,8 @@ class Recipe:
     rounds: int = 3
     batches: int = 10
     control: bool = True
+    mode: Mode = "infer"
+    batch: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
@@ -137,7 +142,7 @@ def run_boards(
     say(describe(net))
     tables = dict(latency or {})
     for board in boards:
-        memory = MemoryModel(net, board, latency=tables.get(board.name))
+        memory = MemoryModel(net, board, latency=tables.get(board.name), mode=recipe.mode, batch=recipe.batch)
         check_feasible(memory)
         say(reach(memory))
     if dry_run:
@@ -169,6 +174,8 @@ def run_boards(
             rounds=recipe.rounds,
             batches=recipe.batches,
             control=recipe.control,
+            mode=recipe.mode,
+            batch=recipe.batch,
             ray=ray,
             storage=storage,
             run_dir=folder,
@@ -196,9 +203,10 @@ def reach(memory: MemoryModel) -> str:
     codes = memory.codes.encode([memory.net.min(), memory.net.max()])
     ram, params = memory.ram_bytes(codes), memory.param_bytes(codes)
     fits = "the largest fits" if memory.fits(codes)[1] else "the largest does not fit"
+    step = f" to train at batch {memory.batch}" if memory.mode == "train" else ""
     return (
-        f"{memory.profile.name}: RAM {ram[0]:,} to {ram[1]:,} bytes, parameters {params[0]:,} to {params[1]:,} bytes "
-        f"from the smallest to the largest; {fits}"
+        f"{memory.profile.name}: RAM{step} {ram[0]:,} to {ram[1]:,} bytes, parameters {params[0]:,} to {params[1]:,} "
+        f"bytes from the smallest to the largest; {fits}"
     )
 
 
@@ -210,7 +218,7 @@ def _figures(
     history: list[dict[str, Any]],
     names: Mapping[str, str] | None,
 ) -> dict[str, Any]:
-    whole = MemoryModel(net, replace(made[0].profile, latency_ms=None))
+    whole = MemoryModel(net, replace(made[0].profile, latency_ms=None), mode=recipe.mode, batch=recipe.batch)
     return {
         "kind": "specialize",
         "command": "",

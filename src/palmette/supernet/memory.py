@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from torch import fx
@@ -23,15 +24,20 @@ from palmette.graph.channel_rules import ELEMENTWISE
 from palmette.graph.ops import BATCH_NORMS, CONVOLUTIONS, ChannelAffine, module_of, op_name
 from palmette.meter.memory import Step, follow
 from palmette.supernet.codes import Codes, Floats, Ints
+from palmette.supernet.moments import Row
 from palmette.supernet.resolution import RESOLUTION, at_edge, edge_of
 from palmette.supernet.space import Config
 from palmette.supernet.supernet import Supernet
+from palmette.supernet.train_memory import TrainingMemory
 from palmette.supernet.weights import Weights
 
 if TYPE_CHECKING:
     from palmette.supernet.latency import LatencyTable
 
+Mode = Literal["infer", "train"]
 _CHUNK = 8192
+ROUNDING = 1e-3
+"""Bytes by which sums of shares of whole bytes may be off."""
 CLOSE = 1e-5
 """Share of a bound on latency by which rounding may pass it."""
 
@@ -72,13 +78,30 @@ class MemoryModel:
     activation, a norm or a sum takes the place of an operand that nothing reads afterwards; with
     `profile.inplace_depthwise` a depthwise convolution does too. Weights in 8 bits are dequantised as they are read.
 
+    mode: "train" counts a training step at `batch` in place of an inference: forward in training mode, a cross entropy,
+    backward with gradients of all parameters, held until plain SGD steps; never less than `measure_training` finds for
+    the extracted network. Operators then run as PyTorch runs them, whatever the profile says of places and operators.
+
     latency: what `measure_latencies` found on the device; needed where the profile bounds the latency. Raises
-    InputError for a bound on latency without a table, or a table of another space.
+    InputError for a bound on latency without a table, a table of another space, another mode or batch, and where a
+    training step cannot be followed without data.
     """
 
     def __init__(
-        self, net: Supernet, profile: DeviceProfile | None = None, *, latency: LatencyTable | None = None
+        self,
+        net: Supernet,
+        profile: DeviceProfile | None = None,
+        *,
+        latency: LatencyTable | None = None,
+        mode: Mode = "infer",
+        batch: int = 1,
     ) -> None:
+        if mode not in get_args(Mode) or batch < 1 or (mode == "infer" and batch > 1):
+            raise InputError(
+                f"mode = {mode!r} with batch = {batch} cannot be counted",
+                fix='Give "infer", which is of one sample, or "train" and a batch of 1 or more.',
+            )
+        self.mode, self.batch = mode, batch
         self.net, self.profile, self.latency = net, profile or DeviceProfile(), latency
         self._item = self.profile.element_bytes
         self.codes = Codes(net.sites, net.space.choices)
@@ -103,6 +126,11 @@ class MemoryModel:
             for graph, edge in zip(graphs, self.resolutions, strict=True)
         ]
         self.weights = Weights(net, self.codes, self._item, graphs)
+        self._training: TrainingMemory | None = None
+        if mode == "train":
+            self._training = TrainingMemory(
+                net, self.codes, self.weights, lambda node: self._size(node, 1, {}), self.gone, self._item, batch
+            )
 
     def bounded(self, *, ram: int) -> MemoryModel:
         """The same model with another bound on RAM; nothing is followed again."""
@@ -114,8 +142,9 @@ class MemoryModel:
 
     def peak_bytes(self, codes: Ints) -> Ints:
         """Largest number of bytes of activations that are alive at once, [n], of codes [n, choices]."""
-        parts = [self.live(codes[i : i + _CHUNK]).max(1) for i in range(0, len(codes), _CHUNK)]
-        return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
+        parts = [self._peaks(codes[i : i + _CHUNK]) for i in range(0, len(codes), _CHUNK)]
+        peaks = np.concatenate(parts) if parts else np.zeros(0)
+        return np.ceil(peaks - ROUNDING).astype(np.int64)
 
     def param_bytes(self, codes: Ints) -> Ints:
         """Bytes of the parameters [n]."""
@@ -132,11 +161,12 @@ class MemoryModel:
             raise InputError("No table of latencies was given", fix="Pass one: MemoryModel(net, profile, latency=...).")
         return self.latency.predict(self, codes)
 
-    def fits(self, codes: Ints) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """Whether each configuration [n] keeps the bounds of the profile."""
+    def fits(self, codes: Ints, ram: Ints | None = None) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Whether each configuration [n] keeps the bounds of the profile. ram: bounds [n] in place of the profile's."""
         ok = np.ones(len(codes), dtype=bool)
-        if self.profile.ram_bytes is not None:
-            ok &= self.ram_bytes(codes) <= self.profile.ram_bytes
+        bound = self.profile.ram_bytes if ram is None else ram
+        if bound is not None:
+            ok &= self.ram_bytes(codes) <= bound
         if self.profile.flash_bytes is not None:
             ok &= self.param_bytes(codes) <= self.profile.flash_bytes
         if self.profile.latency_ms is not None:
@@ -145,14 +175,20 @@ class MemoryModel:
 
     def binding(self, config: Config) -> Binding:
         """The step at which a configuration needs most."""
-        live = self.live(self.codes.encode([config]))[0]
+        code = self.codes.encode([config])
+        live = self.live(code)[0]
         step = int(live.argmax())
-        return Binding(str(self._nodes[step].meta.get("path", self._nodes[step].name)), int(live[step]))
+        return Binding(self._names(code)[step], int(live[step]))
 
     def per_step(self, config: Config) -> list[tuple[str, int]]:
-        """Path and bytes alive of every step that runs, in order."""
-        live = self.live(self.codes.encode([config]))[0]
-        return [(str(n.meta.get("path", n.name)), int(b)) for n, b in zip(self._nodes, live, strict=True) if b > -1]
+        """Path and bytes alive of every step that runs, in order; of training, the moments that may be its peak."""
+        code = self.codes.encode([config])
+        return [(n, int(b)) for n, b in zip(self._names(code), self.live(code)[0], strict=False) if b > -1]
+
+    def _names(self, code: Ints) -> Sequence[str]:
+        if self._training is not None:
+            return self._training.tables[int(self.codes.places(RESOLUTION, code)[0])].names
+        return [str(n.meta.get("path", n.name)) for n in self._nodes]
 
     # -- tables --------------------------------------------------------------------------------------------------------
 
@@ -253,18 +289,65 @@ class MemoryModel:
             found = [(line, low, high) for line, low, high in found if math.isclose(low / high, share)]
         return found[0] if len(found) == 1 else (None, 0.0, 0.0)
 
-    def steps(self, place: int) -> Floats:
-        """For each step the vector [steps, width] that times a code of that resolution gives the bytes alive."""
-        return self._tables[place].steps()
+    def _peaks(self, codes: Ints) -> Floats:
+        """The most bytes alive [n]; for an inference of the steps that can be the peak alone."""
+        if self._training is not None:
+            return np.asarray(self.live(codes).max(1))
+        onehot, places = self.codes.onehot(codes), self.codes.places(RESOLUTION, codes)
+        peaks = np.zeros(len(codes))
+        for place in np.unique(places):
+            own, (live, gone) = onehot[places == place], self._candidates[place]
+            peaks[places == place] = np.where(own @ gone.T > 0, -1.0, own @ live.T).max(1)
+        return peaks
+
+    @cached_property
+    def _candidates(self) -> list[tuple[Floats, Floats]]:
+        """For each resolution the rows of `steps` and `gone` of which none is always below another that runs with it."""
+        return [undominated(table.steps(), self.gone, self._spans()) for table in self._tables]
+
+    def _spans(self) -> list[slice]:
+        first = self.codes.first
+        return [slice(first[c.name], first[c.name] + len(c.values)) for c in self.codes.choices]
+
+    def rows(self, place: int) -> Iterator[Row]:
+        """The bytes alive at each step of that resolution as a sum of products of columns of a one-hot code."""
+        if self._training is not None:
+            yield from self._training.tables[place].rows()
+            return
+        spans = self._spans()
+        for live, gone in zip(*self._candidates[place], strict=True):
+            terms: dict[tuple[int, ...], float] = {(): float(live[0])}
+            terms |= {(int(c),): float(live[c]) for c in np.flatnonzero(live) if c}
+            yield Row(terms, gone, float(live[0] + sum(max(0.0, float(live[s].max())) for s in spans)))
 
     def live(self, codes: Ints) -> Floats:
         """Bytes alive [n, steps]; -1 at steps that do not run."""
         onehot = self.codes.onehot(codes)
         places = self.codes.places(RESOLUTION, codes)
+        if self._training is not None:
+            return self._training.live(onehot, places)
         live = np.zeros((len(codes), len(self._nodes)))
         for place in np.unique(places):
             live[places == place] = self._tables[place].live(onehot[places == place])
         return np.where(onehot @ self.gone.T > 0, -1.0, live)
+
+
+def undominated(live: Floats, gone: Floats, spans: Sequence[slice]) -> tuple[Floats, Floats]:
+    """Rows [k, width] of `live` and `gone` [steps, width] of which no other is as large for every code and runs as often.
+
+    spans: the columns of each choice, of which a code has one. The peak over all steps is that over these.
+    """
+    moved = live.copy()
+    for span in spans:  # what all values of a choice have is a constant
+        least = moved[:, span].min(1)
+        moved[:, span] -= least[:, None]
+        moved[:, 0] += least
+    kept: list[int] = []
+    for step in np.argsort(-moved.sum(1), kind="stable"):
+        below = (moved[step] <= moved[kept] + ROUNDING / len(moved[step])).all(1) & (gone[kept] <= gone[step]).all(1)
+        if not below.any():
+            kept.append(int(step))
+    return live[kept], gone[kept]
 
 
 def _extra(step: Step) -> int:

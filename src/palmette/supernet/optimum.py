@@ -1,8 +1,8 @@
 """The best configuration of a supernet within a device's bounds, exactly, when the value of choices adds up.
 
 What is alive at a step is linear in the code of a configuration, so "the peak is within the budget" is one linear
-constraint for each step; parameters are products of choices, which a binary variable for each product makes linear. The
-rest is an integer program, solved to optimality by HiGHS through scipy.
+constraint for each step; parameters, and what a training step holds, are products of choices, which a binary variable
+for each product makes linear. The rest is an integer program, solved to optimality by HiGHS through scipy.
 """
 
 from __future__ import annotations
@@ -17,10 +17,8 @@ from palmette import compat
 from palmette.device import parse_latency
 from palmette.supernet.codes import Floats, Ints
 from palmette.supernet.memory import MemoryModel
+from palmette.supernet.moments import Product
 from palmette.supernet.resolution import RESOLUTION
-
-Product = tuple[int, ...]
-"""Columns of a one-hot code whose product is meant, ascending; () is the number one."""
 
 SLACK = 0.5
 """Bytes are whole numbers: half a byte keeps rounding inside the solver from deciding."""
@@ -105,16 +103,14 @@ class Optimizer:
         if profile.ram_bytes is None:
             return
         room = profile.ram_bytes - profile.reserve_bytes + SLACK
-        parameters = {} if profile.weights_in == "flash" else self.memory.weights.terms()
-        for live, gone in zip(self.memory.steps(place), self.memory.gone, strict=True):
-            terms: dict[Product, float] = {(): float(live[0])}
-            terms |= {(int(c),): float(live[c]) for c in np.flatnonzero(live) if c}
-            most = float(live[0] + sum(max(0.0, float(live[s].max())) for s in self._spans()))
-            for column in np.flatnonzero(gone):  # a step that does not run binds nothing
-                _add(terms, (int(column),), -float(gone[column]) * most)
-            for product, amount in parameters.items():
-                _add(terms, product, amount)
-            if most > room or parameters:
+        held = None if profile.weights_in == "flash" else program.quantity(self.memory.weights.terms())
+        for row in self.memory.rows(place):
+            terms = dict(row.terms)
+            for column in np.flatnonzero(row.gone):  # a step that does not run binds nothing
+                _add(terms, (int(column),), -float(row.gone[column]) * row.most)
+            if held is not None:
+                terms[held] = 1.0
+            if row.most > room or held is not None:
                 program.at_most(terms, room)
 
     def _bound_flash(self, program: _Program) -> None:
@@ -144,12 +140,13 @@ class _Program:
     def __init__(self, width: int) -> None:
         self.width = width
         self.products: dict[Product, int] = {}
+        self.most: dict[int, float] = {}
         self.rows: list[tuple[dict[int, float], float, float]] = []
 
     def copy(self) -> _Program:
         """The same constraints, to which others can be added."""
         other = _Program(self.width)
-        other.products, other.rows = dict(self.products), list(self.rows)
+        other.products, other.rows, other.most = dict(self.products), list(self.rows), dict(self.most)
         return other
 
     def equal(self, terms: Mapping[Product, float], total: float) -> None:
@@ -160,6 +157,14 @@ class _Program:
         """The sum of the terms is at most `bound`."""
         self._row(terms, -np.inf, bound)
 
+    def quantity(self, terms: Mapping[Product, float]) -> Product:
+        """A product that stands for a sum of terms that is not negative, so that many rows can hold it."""
+        product = (-1 - len(self.most),)
+        column = self.products[product] = self.width + len(self.products)
+        self.most[column] = sum(max(0.0, amount) for amount in terms.values())
+        self._row({**terms, product: -1.0}, 0.0, 0.0)
+        return product
+
     def _row(self, terms: Mapping[Product, float], low: float, high: float) -> None:
         constant = terms.get((), 0.0)
         row = {self._column(product): amount for product, amount in terms.items() if product and amount}
@@ -167,9 +172,9 @@ class _Program:
 
     def _column(self, product: Product) -> int:
         """The column of a product, made with the constraints that tie it to its factors."""
-        if len(product) == 1:
-            return product[0]
         if product not in self.products:
+            if len(product) == 1:
+                return product[0]
             left, right = self._column(product[:-1]), product[-1]
             own = self.products[product] = self.width + len(self.products)
             self.rows.append(({own: 1.0, left: -1.0}, -np.inf, 0.0))
@@ -186,12 +191,14 @@ class _Program:
         matrix = sparse.csr_matrix((a, (i, c)), shape=(len(self.rows), width))
         objective = np.zeros(width)
         objective[list(value)] = [-amount for amount in value.values()]
+        largest, integral = np.ones(width), np.ones(width)
+        largest[list(self.most)], integral[list(self.most)] = list(self.most.values()), 0
         low, high = (np.array([row[k] for row in self.rows]) for k in (1, 2))
         found = scipy.milp(
             objective,
             constraints=scipy.LinearConstraint(matrix, low, high),
-            bounds=scipy.Bounds(0, 1),
-            integrality=np.ones(width),
+            bounds=scipy.Bounds(0, largest),
+            integrality=integral,
             options={"mip_rel_gap": 0.0},
         )
         if found.x is None:

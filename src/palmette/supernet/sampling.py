@@ -37,9 +37,10 @@ def start_of(memory: MemoryModel) -> Ints:
     parts = []
     if profile.ram_bytes is not None and ram > profile.ram_bytes:
         weights = "" if profile.weights_in == "flash" else f", and its weights take {format_bytes(flash)}"
+        step = f" for a training step at batch {memory.batch}" if memory.mode == "train" else ""
         parts.append(
-            f"the smallest needs {ram:,} bytes of RAM ({format_bytes(ram)}), {profile.ram_bytes:,} are there; most is "
-            f"alive at '{binding.path}', {binding.peak_bytes:,} bytes{weights}"
+            f"the smallest needs {ram:,} bytes of RAM{step} ({format_bytes(ram)}), {profile.ram_bytes:,} are there; "
+            f"most is alive at '{binding.path}', {binding.peak_bytes:,} bytes{weights}"
         )
     if profile.flash_bytes is not None and flash > profile.flash_bytes:
         parts.append(f"the smallest has {flash:,} bytes of parameters, the flash holds {profile.flash_bytes:,}")
@@ -64,18 +65,22 @@ def _any(memory: MemoryModel) -> Ints | None:
     return None if answer is None else np.asarray(memory.codes.encode([answer.config])[0])
 
 
-def sample_within(memory: MemoryModel, count: int, rng: np.random.Generator) -> Ints:
+def sample_within(
+    memory: MemoryModel, count: int, rng: np.random.Generator, *, ram: Ints | None = None, start: Ints | None = None
+) -> Ints:
     """Codes [count, choices] of configurations that keep the profile's bounds, choices drawn in a random order.
 
-    Raises BudgetError if none does.
+    ram: bounds [count] in place of the profile's; start: a code that keeps all of them. Raises BudgetError if nothing
+    keeps the bounds.
     """
     choices = memory.codes.choices
-    codes = np.repeat(start_of(memory)[None], count, axis=0)
+    codes = np.repeat((start_of(memory) if start is None else start)[None], count, axis=0)
     for j in rng.permutation(len(choices)):
         values = len(choices[j].values)
         tried = np.repeat(codes, values, axis=0)
         tried[:, j] = np.tile(np.arange(values), count)
-        fits = memory.fits(tried).reshape(count, values)
+        bounds = None if ram is None else np.repeat(ram, values)
+        fits = memory.fits(tried, bounds).reshape(count, values)
         scores = np.where(fits, rng.random((count, values)), -1.0)
         codes[:, j] = scores.argmax(1)
     return codes
@@ -88,7 +93,8 @@ def sample_balanced(memory: MemoryModel, count: int, rng: np.random.Generator) -
     which fills equal bins by rejection.
     """
     space, profile = memory.net.space, memory.profile
-    ends = memory.ram_bytes(np.stack([start_of(memory), memory.codes.encode([space.max()])[0]]))
+    start = start_of(memory)
+    ends = memory.ram_bytes(np.stack([start, memory.codes.encode([space.max()])[0]]))
     most = int(ends[1]) if profile.ram_bytes is None else min(int(ends[1]), profile.ram_bytes)
     bounds = rng.integers(int(ends[0]), most + 1, size=count)
-    return np.concatenate([sample_within(memory.bounded(ram=int(bound)), 1, rng) for bound in bounds])
+    return sample_within(memory, count, rng, ram=bounds, start=start)

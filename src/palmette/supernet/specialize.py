@@ -20,12 +20,13 @@ from palmette.supernet.clock import Timed, in_time
 from palmette.supernet.evolution import Goal, evolve
 from palmette.supernet.judge import Judge
 from palmette.supernet.latency import LatencyTable
-from palmette.supernet.memory import MemoryModel
+from palmette.supernet.memory import MemoryModel, Mode
 from palmette.supernet.resolution import RESOLUTION
 from palmette.supernet.sampling import check_feasible
 from palmette.supernet.search import Found, Search, drawn_within, found_of, search
 from palmette.supernet.space import Config
 from palmette.supernet.supernet import Supernet
+from palmette.supernet.train_trace import measured_step
 from palmette.train.evaluate import Evaluation, Metric
 from palmette.train.labels import LossFn
 
@@ -41,7 +42,8 @@ class Specialized:
     `model`: plain, with weights of its own; the best of all that were measured, drawn ones included. `found`: what the
     search says of it; `measured`: bytes of activations and parameters by the meter on `model`; `evaluation`: on test
     data if there were any, else on validation data. `random`: the best of as many networks drawn at random, on the same
-    data. `steps`: path and bytes alive of each operation. `latency`: of the answer, where the device bounds it.
+    data. `steps`: path and bytes alive of each operation. `latency`: of the answer, where the device bounds it. `mode`,
+    `batch`: what was counted, an inference or a training step.
     """
 
     profile: DeviceProfile
@@ -55,6 +57,8 @@ class Specialized:
     steps: list[tuple[str, int]] = field(repr=False)
     latency: Timed | None = None
     split: str = "val"
+    mode: Mode = "infer"
+    batch: int = 1
     folder: Path | None = None
 
     def __str__(self) -> str:
@@ -63,10 +67,11 @@ class Specialized:
         tried, drawn = len(self.search.found), len(self.search.random)
         ram, params = self.found.ram_bytes, self.found.param_bytes
         value, chance = 100 * self.search.best.value, 100 * self.search.best_random.value
+        step = f" to train at batch {self.batch}" if self.mode == "train" else ""
         lines = [
             f"{self.profile.name}: {_bounds(self.profile)}",
             f"accuracy: {100 * self.evaluation.accuracy:.2f} % [{low:.1f}, {high:.1f}], {what}",
-            f"RAM: {ram:,} bytes ({format_bytes(ram)}); parameters: {params:,} bytes ({format_bytes(params)})",
+            f"RAM{step}: {ram:,} bytes ({format_bytes(ram)}); parameters: {params:,} bytes ({format_bytes(params)})",
             *([] if self.latency is None else [f"latency: {self.latency}"]),
             *([f"images: {self.config[RESOLUTION]} pixels"] if RESOLUTION in self.config else []),
             f"validation: search {value:.2f} %, {tried} networks; random {chance:.2f} %, {drawn}; the better was taken",
@@ -82,6 +87,8 @@ class Specialized:
             "measured": self.measured,
             "evaluation": self.evaluation.to_dict(),
             "split": self.split,
+            "mode": self.mode,
+            "batch": self.batch,
             "random": self.random,
             "measurements": [f.to_dict() for f in self.search.found],
             "control": [f.to_dict() for f in self.search.random],
@@ -99,6 +106,8 @@ def specialize(
     *,
     profile: DeviceProfile,
     latency: LatencyTable | None = None,
+    mode: Mode = "infer",
+    batch: int = 1,
     source: nn.Module | None = None,
     searcher: Searcher = "exact",
     measurements: int = 40,
@@ -121,10 +130,11 @@ def specialize(
     "exact" draws half of them among those that fit, learns, and solves for the best that is promised, in `rounds`;
     "nsga2" is evolution, for values that do not add up. control: judge as many drawn at random. latency: a table of the
     device, needed where the profile bounds the latency; on the table's machine the best are timed, and one that proves
-    too slow gives way to the next. ray: "local", "auto" or an address, to judge on several workers. storage: of the
-    study of "nsga2", as `evolve` has it; processes that share it work together. run_dir: a folder for the network
-    (model.safetensors, for `pm.load` with `source`, the model that the supernet was made from), figures.json and each
-    measurement, so that an interrupted search goes on with `resume`.
+    too slow gives way to the next. mode: "train" bounds the RAM of a training step at `batch`, as `MemoryModel`
+    counts it, in place of that of an inference. ray: "local", "auto" or an address, to judge on several workers.
+    storage: of the study of "nsga2", as `evolve` has it; processes that share it work together. run_dir: a folder for
+    the network (model.safetensors, for `pm.load` with `source`, the model that the supernet was made from),
+    figures.json and each measurement, so that an interrupted search goes on with `resume`.
 
     Raises BudgetError at once if nothing fits, with the smallest need and what binds; InputError for options out of
     bounds, or a bound on latency without a table; VerifyError if the answer needs more than was computed; RunError for
@@ -136,11 +146,12 @@ def specialize(
             "of bounds",
             fix=f"Give at least 10, 1 and 1, and one of {', '.join(SEARCHERS)}.",
         )
-    memory = MemoryModel(net, profile, latency=latency)
+    memory = MemoryModel(net, profile, latency=latency, mode=mode, batch=batch)
     check_feasible(memory)
     options = {"profile": str(profile), "measurements": measurements, "rounds": rounds, "batches": batches}
     options |= {} if latency is None else {"latency": str(latency.device), "base_ms": latency.base_ms}
     options |= {} if searcher == "exact" else {"searcher": searcher}
+    options |= {} if mode == "infer" else {"mode": mode, "batch": batch}
     run = None if run_dir is None else Run(run_dir, resume=resume, config=options, seed=seed)
     say = say or (lambda _: None)
     scores: dict[str, Any] = {"metric": metric, "loss_fn": loss_fn}
@@ -173,6 +184,8 @@ def specialize(
         steps=memory.per_step(best.config),
         latency=clock,
         split=split,
+        mode=mode,
+        batch=batch,
         folder=None if run is None else run.folder,
     )
     if run is not None:
@@ -197,14 +210,16 @@ def _evolved(
 
 def _verified(memory: MemoryModel, found: Found, model: fx.GraphModule) -> dict[str, int]:
     """Bytes of the extracted network by the meter, held against what was computed and the bounds."""
-    activations, parameters = peak_bytes(model, 1, hold_inputs=False), stored_bytes(model)
-    plain = MemoryModel(memory.net, DeviceProfile())
+    training = memory.mode == "train"
+    activations = measured_step(model, memory.batch) if training else peak_bytes(model, 1, hold_inputs=False)
+    parameters = stored_bytes(model)
+    plain = MemoryModel(memory.net, DeviceProfile(), mode=memory.mode, batch=memory.batch)
     code = plain.codes.encode([found.config])
     said = int(plain.peak_bytes(code)[0]), int(plain.param_bytes(code)[0])
     if activations > said[0] or parameters > said[1]:
         raise VerifyError(
             f"The network needs {activations:,} and {parameters:,} bytes, computed were {said[0]:,} and {said[1]:,}",
-            where="activations in float32, parameters as they are stored",
+            where=f"{'a training step' if training else 'activations'} in float32, parameters as they are stored",
             fix="Report this model: a bound does not hold for it.",
         )
     if not memory.fits(memory.codes.encode([found.config]))[0]:

@@ -17,6 +17,7 @@ import numpy as np
 
 from palmette.device import DeviceProfile
 from palmette.errors import InputError
+from palmette.supernet.staged_training import training_peak
 from palmette.supernet.terms import Ints, Layer, cost_layers, memory_layers, metric_of
 
 if TYPE_CHECKING:
@@ -132,14 +133,30 @@ class StagedSpace:
         """Blocks of a stage at its largest depth."""
         return self.depths[-1]
 
-    def peak_elements(self, kernel: Any, expand: Any, depth: Any, resolution: Any, metric: str = "moofa") -> Ints:
+    def peak_elements(
+        self,
+        kernel: Any,
+        expand: Any,
+        depth: Any,
+        resolution: Any,
+        metric: str = "moofa",
+        *,
+        mode: Literal["infer", "train"] = "infer",
+    ) -> Ints:
         """Peak memory of N configurations in elements at batch 1; int64 [N].
 
         metric: "moofa" (each convolution's input, output and weights, as the papers count), "activations" (weights in
-        flash) or "activations+inplace" (depthwise convolutions in place as well). Raises InputError for an unknown
-        metric and for a choice that the space does not have; the resolution may be any.
+        flash) or "activations+inplace" (depthwise convolutions in place as well). mode: "train" counts a training step
+        in place of an inference, without the weights and by no metric: what autograd keeps, gradients of all parameters
+        until the step, and what backward needs at once (palmette.supernet.staged_training). Raises InputError for an
+        unknown metric or mode and for a choice that the space does not have; the resolution may be any.
         """
-        return self._peak(self.places(Configs(kernel, expand, depth, resolution)), metric)
+        at = self.places(Configs(kernel, expand, depth, resolution))
+        if mode == "train":
+            return training_peak(self, at)
+        if mode != "infer":
+            raise InputError(f"No mode is called {mode!r}", fix="Known: infer, train.")
+        return self._peak(at, metric)
 
     def peak_bytes(self, kernel: Any, expand: Any, depth: Any, resolution: Any, profile: DeviceProfile) -> Ints:
         """RAM in bytes that N configurations need on a device at batch 1; int64 [N], to compare with its `ram_bytes`.

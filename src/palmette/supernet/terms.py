@@ -154,7 +154,7 @@ class Layer(NamedTuple):
 
 def memory_layers(space: StagedSpace, metric: Metric, resolutions: Ints) -> list[Layer]:
     """Every operation with its memory, from the image to the last layer that the metric counts."""
-    walk = list(_blocks(space, resolutions))
+    walk = list(blocks_of(space, resolutions))
     stem = space.stem * walk[0].block.area
     layers = [Layer("stem", None, 3 * resolutions.reshape(-1, 1, 1) ** 2 + stem + metric.weights * 27 * space.stem)]
     if metric.operators and not metric.inplace_elementwise:
@@ -182,7 +182,7 @@ def cost_layers(space: StagedSpace, cost: str, resolutions: Ints) -> list[Layer]
     """Every layer with its cost: "macs" or "params". Raises InputError for another name."""
     if cost not in ("macs", "params"):
         raise InputError(f"No cost is called {cost!r}", fix="Known: macs, params.")
-    macs, walk = cost == "macs", list(_blocks(space, resolutions))
+    macs, walk = cost == "macs", list(blocks_of(space, resolutions))
     inputs, final, last, classes = space.widths[-1], space.final, space.last, space.classes
     layers = [Layer("stem", None, space.stem * (27 * walk[0].block.area if macs else np.array(29)))]
     for place in walk:
@@ -204,7 +204,7 @@ class _Place(NamedTuple):
         return Layer(f"{self.name} {operation}", self.place, values)
 
 
-def _blocks(space: StagedSpace, resolutions: Ints) -> Iterator[_Place]:
+def blocks_of(space: StagedSpace, resolutions: Ints) -> Iterator[_Place]:
     """The block behind the stem, then every place of the space, in order."""
     side = halved(resolutions.reshape(-1, 1, 1))
     stem, three, shortcut = np.array(space.stem), np.array(3), space.stem == space.first

@@ -37,7 +37,7 @@ class Weights:
         gone = {**inside, **beside}
         absences: dict[int, Floats] = {}  # a tensor is there as long as one of its readers is
         for node in net.network.graph.nodes:
-            for _, tensor in _parameters_of(net.network, node):
+            for _, tensor in parameters_of(net.network, node):
                 own = gone.get(node, np.zeros(tables.width))
                 absences[id(tensor)] = np.minimum(own, absences.get(id(tensor), own))
         seen: set[int] = set()
@@ -46,7 +46,7 @@ class Weights:
         self.uses: list[tuple[list[Floats], Floats]] = []
         for node, *sized in zip(net.network.graph.nodes, *(graph.graph.nodes for graph in graphs), strict=True):
             absent = gone.get(node, np.zeros(tables.width))
-            for leaf, tensor in _parameters_of(net.network, node):
+            for leaf, tensor in parameters_of(net.network, node):
                 axes = self._axes(node, leaf, tensor)
                 if id(tensor) not in seen:
                     seen.add(id(tensor))
@@ -97,7 +97,7 @@ class Weights:
         for axes, gone in parts:
             product: dict[tuple[int, ...], float] = {(): factor}
             for lengths in (*axes, self.codes.constant(1.0) - gone):
-                product = _times(product, lengths)
+                product = times(product, lengths)
             for columns, amount in product.items():
                 total[columns] = total.get(columns, 0.0) + amount
         return {columns: amount for columns, amount in total.items() if amount}
@@ -153,14 +153,15 @@ def _amounts(onehot: Floats, axes: list[Floats], gone: Floats) -> Floats:
     return np.where(onehot @ gone > 0, 0.0, amount)
 
 
-def _parameters_of(gm: fx.GraphModule, node: fx.Node) -> list[tuple[str, Tensor]]:
+def parameters_of(gm: fx.GraphModule, node: fx.Node) -> list[tuple[str, Tensor]]:
+    """Leaves and values of the parameters that a node holds."""
     if node.op == "call_module":
         return list(gm.get_submodule(str(node.target)).named_parameters())
     tensor = get_tensor(gm, str(node.target)) if node.op == "get_attr" else None
     return [("", tensor)] if isinstance(tensor, nn.Parameter) else []
 
 
-def _times(product: dict[tuple[int, ...], float], lengths: Floats) -> dict[tuple[int, ...], float]:
+def times(product: dict[tuple[int, ...], float], lengths: Floats) -> dict[tuple[int, ...], float]:
     """A sum of products times a vector over codes; a column times itself is itself."""
     found: dict[tuple[int, ...], float] = {}
     for columns, amount in product.items():
