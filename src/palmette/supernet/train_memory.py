@@ -23,9 +23,6 @@ from palmette.supernet.supernet import Supernet
 from palmette.supernet.train_trace import Birth, StepTrace, parameters_in, trace_step
 from palmette.supernet.weights import Weights, parameters_of
 
-_DIGITS = 6
-"""The most networks from which shares are read; they tell twice as many choices apart each."""
-
 _STEPS: WeakKeyDictionary[Supernet, dict[tuple[int, str], StepTrace]] = WeakKeyDictionary()
 """The steps that were followed, by batch and configuration: weights do not change them."""
 
@@ -101,7 +98,7 @@ class TrainingMemory:
     def _apart(self, largest: Config) -> Iterator[Config]:
         """Configurations with all blocks in which no two choices go together: the digits of their numbers."""
         free = [c for c in self.net.space.choices if c.kind not in ("depth", "resolution", "bits")]
-        for digit in range(min(_DIGITS, len(free).bit_length())):
+        for digit in range(len(free).bit_length()):
             small = {c.name: c.values[0] for number, c in enumerate(free, start=1) if number >> digit & 1}
             yield {**largest, **small}
 
