@@ -102,6 +102,9 @@ class DeviceProfile:
             parse_latency(self.latency_ms)
         if self.weights_in not in ("flash", "ram"):
             raise InputError(f"Weights cannot live in {self.weights_in!r}", fix='Write "flash" or "ram".')
+        for name in ("inplace_elementwise", "inplace_depthwise"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name} cannot be {getattr(self, name)!r}", fix="Give True or False.")
         if self.operators not in ("own", "core"):
             raise InputError(f"Operators cannot be {self.operators!r}", fix='Write "own" or "core".')
 
@@ -138,8 +141,9 @@ class DeviceProfile:
             yield f"needs {format_bytes(ram)} of RAM, the device has {format_bytes(self.ram_bytes)}"
         if self.flash_bytes is not None and param_bytes > self.flash_bytes:
             yield f"needs {format_bytes(param_bytes)} of flash, the device has {format_bytes(self.flash_bytes)}"
-        if self.latency_ms is not None and latency_ms is not None and latency_ms > self.latency_ms:
-            yield f"takes {latency_ms:.3g} ms, the bound is {self.latency_ms:.3g} ms"
+        bound = None if self.latency_ms is None else parse_latency(self.latency_ms)
+        if bound is not None and latency_ms is not None and latency_ms > bound:
+            yield f"takes {latency_ms:.3g} ms, the bound is {bound:.3g} ms"
 
 
 PROFILES = {"cpu": DeviceProfile(name="cpu")}

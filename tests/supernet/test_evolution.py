@@ -82,7 +82,7 @@ def test_the_front_comes_near_that_of_all_networks(net):
     found = evolve(memory, measure, trials=150, population=20, seed=0)
     random = [value(c) for c in drawn_within(memory, len(found), 0)]
     best = max(f.value for f in found)
-    assert best >= max(random) - 1e-9
+    assert best >= max(random) - 1e-3
     assert best >= true - 0.02
     points = front(found)
     assert [p.ram_bytes for p in points] == sorted(p.ram_bytes for p in points)
@@ -120,7 +120,7 @@ def test_a_stopped_study_goes_on(net, tmp_path, storage):
     assert len(found) == 45
     assert not set(first) & set(then)
     assert len(first) + len(then) == 45
-    with pytest.raises(InputError, match="another supernet, device or goal"):
+    with pytest.raises(InputError, match="another supernet, other weights, another device or goal"):
         evolve(MemoryModel(net), measure, trials=5, storage=place)
 
 
@@ -134,6 +134,7 @@ from palmette.supernet.supernet import Supernet
 spec = importlib.util.spec_from_file_location("nets", sys.argv[1])
 nets = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(nets)
+torch.manual_seed(0)
 net = Supernet.from_model(nets.trained_like(nets.Mixed()), torch.randn(2, 3, 12, 12))
 def measure(configs):
     return [sum(c.values()) / (1 + sum(net.max().values())) for c in configs]
@@ -142,13 +143,14 @@ print(len(found))
 """
 
 
-def test_two_processes_share_a_study(net, tmp_path):
-    place, nets = tmp_path / "study.log", Path(__file__).with_name("nets.py")
-    commands = [[sys.executable, "-c", SCRIPT, str(nets), str(place)] for _ in range(2)]
+def test_two_processes_share_a_study(nets, tmp_path):
+    place, file = tmp_path / "study.log", Path(__file__).with_name("nets.py")
+    commands = [[sys.executable, "-c", SCRIPT, str(file), str(place)] for _ in range(2)]
     running = [subprocess.Popen(c, stdout=subprocess.PIPE, text=True) for c in commands]
     said = [int(p.communicate(timeout=240)[0]) for p in running]
     assert said == [40, 40]
-    memory = MemoryModel(net)
+    torch.manual_seed(0)
+    memory = MemoryModel(Supernet.from_model(nets.trained_like(nets.Mixed()), torch.randn(2, 3, 12, 12)))
     found = evolve(memory, lambda _: [], trials=40, population=10, storage=place)
     assert len({key_of(f.config) for f in found}) == 40
 

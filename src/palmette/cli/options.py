@@ -244,6 +244,7 @@ def elastic(
     protect: list[str] | None,
 ) -> dict[str, Any]:
     """Options of `Supernet.from_model`; what was not given keeps its default."""
+    kernel = None if kernel is None else [size for size in kernel if size]
     given = {
         "width": width,
         "kernel": kernel,
@@ -252,4 +253,4 @@ def elastic(
         "bits": bits,
         "protect": protect,
     }
-    return {"depth": depth} | {name: tuple(values) for name, values in given.items() if values}
+    return {"depth": depth} | {name: tuple(values) for name, values in given.items() if values is not None}

@@ -14,7 +14,7 @@ from torch import nn
 from palmette.deploy import export_all
 from palmette.device import DeviceProfile, parse_latency
 from palmette.errors import InputError
-from palmette.files import write_json
+from palmette.files import read_json, write_json
 from palmette.graph.inputs import inputs_of
 from palmette.report.render import render
 from palmette.run import Run
@@ -23,13 +23,14 @@ from palmette.supernet.memory import MemoryModel, Mode
 from palmette.supernet.sampling import check_feasible
 from palmette.supernet.space import Kind
 from palmette.supernet.specialize import Searcher, Specialized, specialize
-from palmette.supernet.supernet import Supernet
+from palmette.supernet.supernet import Supernet, check_elastic
 from palmette.supernet.training import train_supernet
 from palmette.train.config import HealConfig
 
 Say = Callable[[str], None]
 
-_FLAGS = {"true": True, "false": False}
+_FLAGS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,11 +74,7 @@ def parse_board(text: str) -> DeviceProfile:
     """
     name, colon, rest = text.partition(":")
     pairs = [part.partition("=") for part in rest.split(",")] if rest else []
-    if (
-        not re.fullmatch(r"[A-Za-z0-9_.-]+", name)
-        or not colon
-        or not all(equals and value for _, equals, value in pairs)
-    ):
+    if not re.fullmatch(_NAME, name) or not colon or not all(equals and value for _, equals, value in pairs):
         raise InputError(f"{text!r} is no board", fix='Write "NAME:ram=256KiB,flash=1MiB,dtype=int8,weights_in=flash".')
     fields = set(DeviceProfile.__dataclass_fields__) - {"name"}
     given: dict[str, Any] = {}
@@ -85,8 +82,12 @@ def parse_board(text: str) -> DeviceProfile:
         key = key.strip().replace("-", "_")
         if key not in fields:
             raise InputError(f"A board has no {key!r}", where=text, fix=f"It has {', '.join(sorted(fields))}.")
-        given[key] = parse_latency(value) if key == "latency_ms" else _FLAGS.get(value.strip(), value.strip())
-    return DeviceProfile(name=name, **given)
+        if key in given:
+            raise InputError(f"A board has two of {key!r}", where=text, fix="Say it once.")
+        given[key] = parse_latency(value) if key == "latency_ms" else _FLAGS.get(value.strip().lower(), value.strip())
+    board = DeviceProfile(name=name, **given)
+    _ = board.element_bytes  # refuses a type that is not known before anything is trained
+    return board
 
 
 def parse_tables(texts: Sequence[str], boards: Sequence[DeviceProfile]) -> dict[str, LatencyTable]:
@@ -135,11 +136,17 @@ def run_boards(
     what `train_supernet` and `specialize` raise.
     """
     recipe, say = recipe or Recipe(), say or (lambda _: None)
-    if len({board.name for board in boards}) < len(boards) or not boards:
-        raise InputError("Every board needs a name of its own, and there must be one", fix="Name each board once.")
+    names_of = [board.name for board in boards]
+    if len(set(names_of)) < len(boards) or not boards or not all(re.fullmatch(_NAME, name) for name in names_of):
+        raise InputError(
+            f"Boards cannot be called {names_of}",
+            why="each has a folder of its name",
+            fix="Name each once, in letters, digits, points, - and _, and give one at least.",
+        )
     example = inputs_of(next(iter(train_loader))) if example_inputs is None else example_inputs
     net = Supernet.from_model(model, example, **recipe.elastic)
     say(describe(net))
+    check_elastic(net)
     tables = dict(latency or {})
     for board in boards:
         memory = MemoryModel(net, board, latency=tables.get(board.name), mode=recipe.mode, batch=recipe.batch)
@@ -147,8 +154,7 @@ def run_boards(
         say(reach(memory))
     if dry_run:
         return BoardsResult(net=net, boards=[])
-    config = {**recipe.to_dict(), "boards": [str(board) for board in boards]}
-    run = Run(run_dir, resume=resume, command=(names or {}).get("command", ""), config=config, seed=seed)
+    run = Run(run_dir, resume=resume, command=(names or {}).get("command", ""), config=recipe.to_dict(), seed=seed)
     history = train_supernet(
         net,
         train_loader,
@@ -210,6 +216,17 @@ def reach(memory: MemoryModel) -> str:
     )
 
 
+def _earlier(run: Run, names: set[str]) -> dict[str, Any]:
+    """Boards and exports of an earlier call on this run, but for those of these names."""
+    file = run.path("figures.json")
+    if not file.exists():
+        return {}
+    figures = read_json(file)
+    boards = [board for board in figures["boards"] if board["profile"]["name"] not in names]
+    kept = {board["profile"]["name"] for board in boards}
+    return {"boards": boards, "exports": {name: e for name, e in figures["exports"].items() if name in kept}}
+
+
 def _figures(
     run: Run,
     net: Supernet,
@@ -219,6 +236,7 @@ def _figures(
     names: Mapping[str, str] | None,
 ) -> dict[str, Any]:
     whole = MemoryModel(net, replace(made[0].profile, latency_ms=None), mode=recipe.mode, batch=recipe.batch)
+    earlier = _earlier(run, {found.profile.name for found in made})
     return {
         "kind": "specialize",
         "command": "",
@@ -237,6 +255,7 @@ def _figures(
             },
         },
         "history": history,
-        "boards": [found.to_dict() for found in made],
-        "exports": {found.profile.name: run.once(f"export-{found.profile.name}", dict) for found in made},
+        "boards": [*earlier.get("boards", []), *(found.to_dict() for found in made)],
+        "exports": earlier.get("exports", {})
+        | {found.profile.name: run.once(f"export-{found.profile.name}", dict) for found in made},
     }

@@ -18,11 +18,12 @@ import numpy as np
 
 from palmette import compat
 from palmette.errors import InputError, RunError
+from palmette.graph.io import weights_hash
 from palmette.seeding import derive_seed
 from palmette.supernet.codes import Ints
 from palmette.supernet.memory import MemoryModel
 from palmette.supernet.sampling import sample_balanced, sample_within, start_of
-from palmette.supernet.search import Found, Measure, found_of
+from palmette.supernet.search import Found, Measure, asked, found_of
 from palmette.supernet.space import Config, key_of
 from palmette.train.progress import progress
 
@@ -51,16 +52,18 @@ def evolve(
 
     measure: is asked for a generation at once, each network once. population: networks of a generation. storage: where
     the study lives: a URL of a database ("sqlite:///study.db"), or a file for a journal; processes and machines that
-    name the same one work together, and a stopped study goes on. None: in this process alone. Source: NSGA-II (Deb et
+    name the same one work together, and a stopped study goes on; what two of them measure at one time may be the same,
+    and there may be up to a population more. None: in this process alone. Source: NSGA-II (Deb et
     al. 2002), after LINAS (DyNAS-T, 2022).
 
     Raises BudgetError if nothing fits, InputError for options out of bounds, or a study of another supernet or device,
     MissingDependency without Optuna, RunError for a storage that cannot be used.
     """
-    if trials < 1 or population < 2 or not goals or set(goals) - set(GOALS):
+    wrong = not goals or set(goals) - set(GOALS) or len(set(goals)) < len(goals)
+    if trials < 1 or population < 2 or wrong or ("latency" in goals and memory.latency is None):
         raise InputError(
             f"trials = {trials}, population = {population}, goals = {tuple(goals)} are out of bounds",
-            fix=f"Give 1 or more, 2 or more, and goals among {', '.join(GOALS)}.",
+            fix=f"Give 1 or more, 2 or more, and goals among {', '.join(GOALS)}, each once, latency with a table.",
         )
     start = start_of(memory)
     optuna = compat.optional("optuna", package="palmette[evolution]")
@@ -107,7 +110,7 @@ def _generation(
 
     None are once every network that fits is known.
     """
-    asked: list[tuple[Any, Config]] = []
+    proposed: list[tuple[Any, Config]] = []
     new: dict[str, Config] = {}
     drawn = iter(sample_within(memory, _DRAWN * count, np.random.default_rng(derive_seed(0, len(known)))))
     for attempt in range(5 * count + _DRAWN * count):
@@ -116,14 +119,14 @@ def _generation(
         trial = study.ask(ends)
         wanted = np.array([trial.params[choice.name] for choice in memory.codes.choices])
         config = memory.net.space.canonical(memory.codes.decode(nearest_within(memory, wanted, start)))
-        asked.append((trial, config))
+        proposed.append((trial, config))
         if key_of(config) not in known:
             new.setdefault(key_of(config), config)
         if len(new) == count:
             break
     values = {key: value for key, (_, value) in known.items()}
-    values |= dict(zip(new, measure(list(new.values())) if new else [], strict=True))
-    for trial, config in asked:
+    values |= dict(zip(new, asked(measure, list(new.values())), strict=True))
+    for trial, config in proposed:
         found = found_of(memory, config, values[key_of(config)])
         trial.set_user_attr(_CONFIG, config)
         study.tell(trial, [found.value, *_costs(found, goals)])
@@ -170,7 +173,8 @@ def _study(
     population: int,
     seed: int,
 ) -> Any:
-    about = hashlib.sha256(f"{memory.net.space.to_json()} {memory.profile} {tuple(goals)}".encode()).hexdigest()
+    parts = memory.net.space.to_json(), weights_hash(memory.net.state_dict()), memory.profile, tuple(goals)
+    about = hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()
     try:
         kept: Any = None if storage is None else str(storage)
         if kept is not None and "://" not in kept:
@@ -194,7 +198,7 @@ def _study(
         ) from error
     if known != about:
         raise InputError(
-            f"The study {name!r} is about another supernet, device or goal",
+            f"The study {name!r} is about another supernet, other weights, another device or goal",
             where=str(storage),
             fix="Give it another name, or another storage.",
         )

@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from palmette.supernet.memory import MemoryModel
 from palmette.supernet.space import Choice, Config, key_of
 from palmette.supernet.supernet import Supernet
 
-FORMAT = 1
+FORMAT = 2
 GROUP = 4
 """Sub-networks that are timed in turn with the largest."""
 HELD_OUT = 4
@@ -74,7 +75,7 @@ class LatencyTable:
 
     entries: name of a choice -> value -> milliseconds, of which only differences within a choice mean something.
     ms_per_mac, ms_per_byte: of multiply-adds, and of bytes of weights. rows: what was measured. error: of predictions
-    for networks that were not fitted.
+    for networks that were not fitted. largest: multiply-adds and bytes of the supernet's largest network.
     """
 
     device: Device
@@ -84,24 +85,28 @@ class LatencyTable:
     ms_per_byte: float
     rows: tuple[Row, ...]
     error: Error
+    largest: tuple[float, float]
 
     def vector(self, codes: Codes) -> Floats:
         """Milliseconds [codes.width]: times `codes.mattering`, the part of the latency that adds up over choices.
 
-        Raises InputError for a space that has choices or values which the table has not.
+        Raises InputError for a space of other choices or values than the table's.
         """
+        wanted = {choice.name: sorted(choice.values) for choice in codes.choices}
+        for name in {**wanted, **self.entries}:
+            if wanted.get(name) != sorted(self.entries.get(name, {})):
+                raise _foreign(f"'{name}' is one of {sorted(self.entries.get(name, {}))} there")
         found = codes.constant(self.base_ms)
         for choice in codes.choices:
-            known = self.entries.get(choice.name, {})
-            missing = [v for v in choice.values if v not in known]
-            if missing:
-                raise InputError(
-                    f"The latency table knows no '{choice.name}' of {missing[0]}",
-                    why="it was measured for another supernet",
-                    fix="Measure one for this supernet: measure_latencies(net), or palmette profile.",
-                )
-            found += codes.of(choice.name, [known[v] for v in choice.values])
+            found += codes.of(choice.name, [self.entries[choice.name][v] for v in choice.values])
         return found
+
+    def check(self, memory: MemoryModel) -> None:
+        """Raise InputError for a table of another supernet than that of a memory model."""
+        self.vector(memory.codes)
+        work = work_of(memory, memory.codes.encode([memory.net.max()]))[0]
+        if tuple(work) != tuple(self.largest):
+            raise _foreign("its largest network has other multiply-adds or weights")
 
     def predict(self, memory: MemoryModel, codes: Ints) -> Floats:
         """Milliseconds [n] of codes [n, choices]. Raises InputError as `vector`."""
@@ -116,7 +121,8 @@ class LatencyTable:
 
     def _fitted(self) -> dict[str, Any]:
         rates = {"ms_per_mac": self.ms_per_mac, "ms_per_byte": self.ms_per_byte}
-        return {"base_ms": self.base_ms, "entries": self.entries, **rates, "error": asdict(self.error)}
+        fitted = {"base_ms": self.base_ms, "entries": self.entries, **rates, "error": asdict(self.error)}
+        return {**fitted, "largest": list(self.largest)}
 
     @staticmethod
     def load(path: str | Path) -> LatencyTable:
@@ -126,10 +132,13 @@ class LatencyTable:
             raise RunError(
                 "The latency table is not finished", where=str(path), fix="Go on: palmette profile ... --resume"
             )
-        entries = {name: {int(v): float(ms) for v, ms in times.items()} for name, times in raw["entries"].items()}
-        rows = tuple(Row(**row) for row in raw["rows"])
-        base, mac, byte = (float(raw[name]) for name in ("base_ms", "ms_per_mac", "ms_per_byte"))
-        return LatencyTable(Device(**raw["device"]), base, entries, mac, byte, rows, Error(**raw["error"]))
+        with _whole(Path(path)):
+            entries = {name: {int(v): float(ms) for v, ms in times.items()} for name, times in raw["entries"].items()}
+            rows = tuple(Row(**row) for row in raw["rows"])
+            base, mac, byte = (float(raw[name]) for name in ("base_ms", "ms_per_mac", "ms_per_byte"))
+            largest = [float(amount) for amount in raw["largest"]]
+            device, error = Device(**raw["device"]), Error(**raw["error"])
+            return LatencyTable(device, base, entries, mac, byte, rows, error, (largest[0], largest[1]))
 
 
 def measure_latencies(
@@ -218,7 +227,10 @@ def fit_table(net: Supernet, device: Device, rows: Iterable[Row]) -> LatencyTabl
     vector, rates = fit_times(onehot[~held], work[~held], times[~held], features(memory))
     error = held_out_error(times[held], onehot[held] @ vector + work[held] @ rates)
     entries = {c.name: _entries(c, vector[codes.first[c.name] :]) for c in codes.choices}
-    return LatencyTable(device, float(vector[0]), entries, float(rates[0]), float(rates[1]), rows, error)
+    macs, weights = (float(amount) for amount in work_of(memory, codes.encode([net.max()]))[0])
+    return LatencyTable(
+        device, float(vector[0]), entries, float(rates[0]), float(rates[1]), rows, error, (macs, weights)
+    )
 
 
 def timed(net: Supernet, config: Config, table: LatencyTable) -> float:
@@ -316,9 +328,34 @@ def _read(path: Path) -> dict[str, Any]:
     return raw
 
 
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """Within the block what a file lacks, or holds in its place, is a RunError."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise RunError(
+            "The latency table is damaged", where=str(path), why=f"{type(error).__name__}: {error}",
+            fix="Delete the file and measure again.",
+        ) from error  # fmt: skip
+
+
+def _foreign(why: str) -> InputError:
+    return InputError(
+        "The latency table was measured for another supernet",
+        why=why,
+        fix="Measure one for this supernet: measure_latencies(net), or palmette profile with the same options.",
+    )
+
+
 def _known(path: Path, device: Device, choices: Iterable[Choice]) -> list[Row]:
     """The rows in a file that was begun before. Raises RunError when they are of another device or supernet."""
     raw = _read(path)
+    with _whole(path):
+        return _rows_of(raw, path, device, choices)
+
+
+def _rows_of(raw: dict[str, Any], path: Path, device: Device, choices: Iterable[Choice]) -> list[Row]:
     fix = "Name another file, or delete this one."
     for name, value in asdict(device).items():
         if raw["device"].get(name) != value:

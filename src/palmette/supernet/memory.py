@@ -105,15 +105,13 @@ class MemoryModel:
         self.net, self.profile, self.latency = net, profile or DeviceProfile(), latency
         self._item = self.profile.element_bytes
         self.codes = Codes(net.sites, net.space.choices)
-        if self.profile.latency_ms is not None:
-            if latency is None:
-                raise InputError(
-                    "A bound on latency needs a table of latencies",
-                    where=f"profile {self.profile.name!r}",
-                    why="times cannot be computed, only measured",
-                    fix="Measure one with measure_latencies(net) or `palmette profile`, and pass it as latency.",
-                )
-            latency.vector(self.codes)
+        if self.profile.latency_ms is not None and latency is None:
+            raise InputError(
+                "A bound on latency needs a table of latencies",
+                where=f"profile {self.profile.name!r}",
+                why="times cannot be computed, only measured",
+                fix="Measure one with measure_latencies(net) or `palmette profile`, and pass it as latency.",
+            )
         self._nodes = list(net.network.graph.nodes)
         self.resolutions = net.sites.resolution or (edge_of(example_of(net.network)),)
         graphs = [at_edge(net.network, edge) for edge in net.sites.resolution] or [net.network]
@@ -126,6 +124,8 @@ class MemoryModel:
             for graph, edge in zip(graphs, self.resolutions, strict=True)
         ]
         self.weights = Weights(net, self.codes, self._item, graphs)
+        if latency is not None:
+            latency.check(self)
         self._training: TrainingMemory | None = None
         if mode == "train":
             self._training = TrainingMemory(
@@ -302,7 +302,7 @@ class MemoryModel:
 
     @cached_property
     def _candidates(self) -> list[tuple[Floats, Floats]]:
-        """For each resolution the rows of `steps` and `gone` of which none is always below another that runs with it."""
+        """For each resolution what is alive at, and when there are, the steps that can be the peak."""
         return [undominated(table.steps(), self.gone, self._spans()) for table in self._tables]
 
     def _spans(self) -> list[slice]:
@@ -333,9 +333,10 @@ class MemoryModel:
 
 
 def undominated(live: Floats, gone: Floats, spans: Sequence[slice]) -> tuple[Floats, Floats]:
-    """Rows [k, width] of `live` and `gone` [steps, width] of which no other is as large for every code and runs as often.
+    """Rows [k, width] of `live` and `gone` [steps, width], so that the peak over all steps is that over these.
 
-    spans: the columns of each choice, of which a code has one. The peak over all steps is that over these.
+    Of the others another is as large for every code, and runs as often. spans: the columns of each choice, of which a
+    code has one.
     """
     moved = live.copy()
     for span in spans:  # what all values of a choice have is a constant

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from palmette.errors import InputError
 from palmette.supernet.codes import Floats
 from palmette.supernet.memory import MemoryModel
 from palmette.supernet.optimum import Optimizer
@@ -22,6 +23,8 @@ from palmette.supernet.space import Config, key_of
 Measure = Callable[[Sequence[Config]], list[float]]
 """`measure(configs)` -> the value of each configuration, the larger the better, below 1 for an accuracy."""
 
+FEWEST = 5
+"""Measured networks below which nothing is learnt."""
 FIRST_SHARE = 0.5
 """Share of the measurements that is drawn at random, and learnt from."""
 
@@ -96,13 +99,15 @@ def search(
     networks drawn at random, of which the first half are the search's own. Raises BudgetError if nothing fits, naming
     what binds and the smallest need.
     """
+    if measurements < 1 or rounds < 1:
+        raise InputError(f"measurements = {measurements}, rounds = {rounds} are out of bounds", fix="Give 1 or more.")
     drawn = drawn_within(memory, measurements, seed)
-    first = drawn[: max(5, round(FIRST_SHARE * measurements))]
+    first = drawn[: max(FEWEST, round(FIRST_SHARE * measurements))]
     values: dict[str, float] = {}
 
     def valued(configs: Sequence[Config]) -> list[float]:
         new = [config for config in configs if key_of(config) not in values]
-        values.update(zip(map(key_of, new), measure(new) if new else [], strict=True))
+        values.update(zip(map(key_of, new), asked(measure, new), strict=True))
         return [values[key_of(config)] for config in configs]
 
     def seen(configs: Sequence[Config], promised: Sequence[float | None]) -> list[Found]:
@@ -131,6 +136,18 @@ def drawn_within(memory: MemoryModel, count: int, seed: int) -> list[Config]:
     return list({key_of(config): config for config in configs}.values())[:count]
 
 
+def asked(measure: Measure, configs: Sequence[Config]) -> list[float]:
+    """What `measure` says of configurations. Raises InputError unless it is a finite number for each."""
+    found = [float(value) for value in measure(configs)] if configs else []
+    if len(found) != len(configs) or not np.isfinite(found).all():
+        raise InputError(
+            f"The measure of {len(configs)} networks gave {found}",
+            why="a finite number is needed for each, such as an accuracy",
+            fix="Look at what it makes of one network: measure([net.max()]).",
+        )
+    return found
+
+
 def found_of(memory: MemoryModel, config: Config, value: float, promised: float | None = None) -> Found:
     """A measured configuration with what it needs."""
     code = memory.codes.encode([config])
@@ -139,17 +156,23 @@ def found_of(memory: MemoryModel, config: Config, value: float, promised: float 
     return Found(config, value, ram, params, took, promised)
 
 
-def _proposals(memory: MemoryModel, solver: Optimizer, found: list[Found], count: int) -> list[tuple[Config, float]]:
-    """The `count` best networks that were not measured, by a predictor of the logarithm of the error."""
-    weights = _learnt(memory, found)
+def _proposals(
+    memory: MemoryModel, solver: Optimizer, found: list[Found], count: int
+) -> list[tuple[Config, float | None]]:
+    """The `count` best networks that were not measured, by a predictor of the logarithm of the error.
+
+    Any that are left, without a promise, where there are too few to learn from.
+    """
+    enough = len(found) >= FEWEST
+    weights = _learnt(memory, found) if enough else np.zeros(memory.codes.width)
     known = [f.config for f in found]
-    made: list[tuple[Config, float]] = []
+    made: list[tuple[Config, float | None]] = []
     for _ in range(count):
         taken = memory.codes.encode([*known, *(config for config, _ in made)])
         answer = solver.best(weights, excluded=taken)
         if answer is None:
             break
-        made.append((answer.config, float(-np.expm1(-answer.value))))
+        made.append((answer.config, float(-np.expm1(-answer.value)) if enough else None))
     return made
 
 

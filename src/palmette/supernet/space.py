@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -36,7 +36,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Space:
-    """Choices in order. Raises InputError for two of one name, or values that do not ascend."""
+    """Choices in order. Raises InputError for two of one name, unknown kinds and owners, values that do not ascend."""
 
     choices: tuple[Choice, ...]
     _by_name: dict[str, Choice] = field(init=False, repr=False, compare=False)
@@ -46,8 +46,17 @@ class Space:
         if len(self._by_name) < len(self.choices):
             raise InputError("Two choices of a space have one name", fix="Name every choice once.")
         for choice in self.choices:
-            if not choice.values or list(choice.values) != sorted(set(choice.values)):
-                raise InputError(f"The values of '{choice.name}' do not ascend: {list(choice.values)}")
+            whole = all(isinstance(value, int) for value in choice.values)
+            if not whole or not choice.values or list(choice.values) != sorted(set(choice.values)):
+                raise InputError(f"The values of '{choice.name}' are no whole numbers that ascend: {choice.values}")
+            owner = None if choice.owner is None else self._by_name.get(choice.owner[0])
+            if choice.kind not in get_args(Kind) or (
+                choice.owner is not None and (owner is None or owner.kind != "depth")
+            ):
+                raise InputError(
+                    f"'{choice.name}' is a choice of kind {choice.kind!r} that hangs on {choice.owner}",
+                    fix=f"Kinds are {', '.join(get_args(Kind))}; choices hang on those of depth.",
+                )
 
     def __getitem__(self, name: str) -> Choice:
         return self._by_name[name]

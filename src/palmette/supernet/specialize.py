@@ -14,6 +14,7 @@ from palmette.errors import InputError, VerifyError
 from palmette.files import write_json
 from palmette.graph.int8 import stored_bytes
 from palmette.graph.io import save as save_network
+from palmette.graph.io import weights_hash
 from palmette.meter.memory import peak_bytes
 from palmette.run import Run
 from palmette.supernet.clock import Timed, in_time
@@ -25,7 +26,7 @@ from palmette.supernet.resolution import RESOLUTION
 from palmette.supernet.sampling import check_feasible
 from palmette.supernet.search import Found, Search, drawn_within, found_of, search
 from palmette.supernet.space import Config
-from palmette.supernet.supernet import Supernet
+from palmette.supernet.supernet import Supernet, check_elastic
 from palmette.supernet.train_trace import measured_step
 from palmette.train.evaluate import Evaluation, Metric
 from palmette.train.labels import LossFn
@@ -146,11 +147,13 @@ def specialize(
             "of bounds",
             fix=f"Give at least 10, 1 and 1, and one of {', '.join(SEARCHERS)}.",
         )
+    check_elastic(net)
     memory = MemoryModel(net, profile, latency=latency, mode=mode, batch=batch)
     check_feasible(memory)
     options = {"profile": str(profile), "measurements": measurements, "rounds": rounds, "batches": batches}
     options |= {} if latency is None else {"latency": str(latency.device), "base_ms": latency.base_ms}
-    options |= {} if searcher == "exact" else {"searcher": searcher}
+    options |= {"searcher": searcher, "network": weights_hash(net.state_dict()), "space": net.space.to_json()}
+    options |= {"metric": _name(metric), "loss": _name(loss_fn)}
     options |= {} if mode == "infer" else {"mode": mode, "batch": batch}
     run = None if run_dir is None else Run(run_dir, resume=resume, config=options, seed=seed)
     say = say or (lambda _: None)
@@ -193,6 +196,10 @@ def specialize(
         write_json(run.path("figures.json"), made.to_dict())
         run.close()
     return made
+
+
+def _name(function: Any) -> str:
+    return "" if function is None else str(getattr(function, "__qualname__", type(function).__qualname__))
 
 
 def _evolved(

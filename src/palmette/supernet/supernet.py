@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from palmette.errors import DataError, InputError
+from palmette.graph.blocks import find_blocks
 from palmette.graph.capture import capture, example_of
 from palmette.graph.inputs import call, inputs_of, to_device
 from palmette.graph.int8 import round_weights
@@ -28,6 +29,7 @@ from palmette.graph.resize import resize
 from palmette.graph.spans import name_of
 from palmette.supernet.bits import checked_bits
 from palmette.supernet.elastic import Cut, Runner
+from palmette.supernet.options import check_model, check_options, check_protected
 from palmette.supernet.resolution import RESOLUTION, Scaled, edge_of, resized, resolutions, set_edge
 from palmette.supernet.sites import Sites
 from palmette.supernet.space import Config, key_of
@@ -80,13 +82,17 @@ class Supernet(nn.Module):
         bits: (8, 32) lets the weight of each layer be stored in 8 bits, integers with a scale for each output channel.
         transforms: smaller kernels are learned from larger ones (Once-for-All), beginning with their centres.
         An empty sequence, or a depth of 0, leaves that side alone. protect: path prefixes of what stays whole. Raises
-        CaptureError for a network that does not trace, InputError for options out of bounds.
+        CaptureError for a network that does not trace, InputError for options out of bounds, a path that is not there,
+        or a network in double precision.
         """
-        _check(width, depth, heads, round_to)
-        stored = checked_bits(bits)
+        sides = {"width": width, "heads": heads, "kernel": kernel, "resolution": resolution, "bits": bits}
+        check_options({**sides, "depth": depth, "round_to": round_to})
+        check_model(model)
+        stored, protect = checked_bits(bits), tuple(protect)
         gm = capture(model, example_inputs)
         edges, static = resolutions(model, gm, example_inputs, resolution)
-        sites = Sites(gm, tuple(protect), width, depth, kernel, heads, round_to, edges, stored)
+        check_protected(gm, protect, [block.path for block in find_blocks(gm)])
+        sites = Sites(gm, protect, width, depth, kernel, heads, round_to, edges, stored)
         sites.static |= static
         return Supernet(gm, sites, transforms=transforms)
 
@@ -220,6 +226,17 @@ def recalibrated(
     return {path: (own.running_mean.clone(), own.running_var.clone()) for path, own in norms.items()}
 
 
+def check_elastic(net: Supernet) -> None:
+    """Raise InputError for a supernet that holds one network alone."""
+    if not len(net.space):
+        raise InputError(
+            "Nothing in the network is elastic",
+            why="; ".join(f"{path}: {why}" for path, why in list(net.static.items())[:3])
+            or "every side was left alone",
+            fix="Offer more: width=(0.5, 1.0), depth=2, resolution=(...), bits=(8, 32).",
+        )
+
+
 def _seen_by(gm: fx.GraphModule, inputs: Any) -> None:
     try:
         call(gm, inputs)
@@ -229,14 +246,6 @@ def _seen_by(gm: fx.GraphModule, inputs: Any) -> None:
             why=str(error),
             fix="Give batches of two samples or more; drop_last leaves a smaller last one out.",
         ) from error
-
-
-def _check(width: Sequence[float], depth: int, heads: Sequence[float], round_to: int) -> None:
-    for name, ratios in (("width", width), ("heads", heads)):
-        if not all(0 < r <= 1 for r in ratios):
-            raise InputError(f"{name} = {list(ratios)} is out of bounds", fix="Give shares above 0 and up to 1.")
-    if depth < 0 or round_to < 1:
-        raise InputError(f"depth = {depth}, round_to = {round_to} are out of bounds", fix="Give 0, 1 or more.")
 
 
 def _present(gm: fx.GraphModule, decision: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from palmette.errors import InputError
 from palmette.graph.inputs import call, main_output
 from palmette.supernet.strategies import Strategy, make_strategy, phases
-from palmette.supernet.supernet import Supernet
+from palmette.supernet.supernet import Supernet, check_elastic
 from palmette.train.batches import length
 from palmette.train.config import HealConfig
 from palmette.train.distill import distillation_loss, imitation_loss
@@ -58,6 +58,7 @@ def train_supernet(
     """
     if sub_nets < 1 or not 0 <= start < 1:
         raise InputError(f"sub_nets = {sub_nets}, start = {start} are out of bounds", fix="Give 1 or more, and [0, 1).")
+    check_elastic(net)
     config = HealConfig() if config is None else config
     common: dict[str, Any] = {"loss_fn": loss_fn, "seed": seed, "fabric": fabric}
     if strategy == "progressive":

@@ -61,8 +61,8 @@ class Weights:
         return self._sum(self.parts, codes)
 
     def float_bytes(self, codes: Ints) -> Ints:
-        """The same with every weight in the device's own type, whatever its choice says: what kernels compute with."""
-        return self.item * self._sum(self.elements, codes)
+        """The same in float32, whatever choices and the device say: what a latency table's rate is about."""
+        return 4 * self._sum(self.elements, codes)
 
     def macs(self, codes: Ints) -> Ints:
         """Multiply-adds [n] with a weight, for a sample, of codes [n, choices]; products of activations not counted."""
@@ -76,7 +76,7 @@ class Weights:
 
     def float_terms(self) -> dict[tuple[int, ...], float]:
         """The bytes of `float_bytes` as such a sum."""
-        return self._terms(self.elements, float(self.item))
+        return self._terms(self.elements, 4.0)
 
     def mac_terms(self) -> dict[tuple[int, ...], float]:
         """The multiply-adds as such a sum."""
