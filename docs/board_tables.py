@@ -18,11 +18,11 @@ SPACES = {
 
 ABOUT = """
 A trained ResNet-20 (CIFAR-10, {source} % on these test images) becomes a supernet over widths, depth, resolution and
-the bits of weights, trained for three epochs on 12,000 images, and each board is met from within four of its spaces with 40
-measurements on 1,000 validation images, half of them drawn and half proposed. Top-1 in percent on 4,000 test images,
-looked at once, with 95 % intervals, one seed, nothing trained afterwards; difference to widths and depth alone, in
-points, paired. Random: the best of 40 networks that fit, drawn at random; uniform: the widest network of one share of
-channels everywhere that fits, at full depth and resolution. float32 activations, weights in flash. By
+the bits of weights, trained for three epochs on 12,000 images, and each board is met from within four of its spaces
+with 40 measurements on 1,000 validation images, half of them drawn and half proposed. Top-1 in percent on 4,000 test
+images, looked at once, with 95 % intervals, one seed, nothing trained afterwards; difference to widths and depth alone,
+in points, paired. Random: the best of 40 networks that fit, drawn at random; uniform: the widest network of one share
+of channels everywhere that fits, at full depth and resolution. float32 activations, weights in flash. By
 `benchmarks/supernet/boards.py`.
 """
 
@@ -41,6 +41,8 @@ def board_section() -> str:
 
 def _line(rows: dict[str, Any], key: str) -> tuple[str, ...]:
     row, (board, kind) = rows[key], key.split(", ")
+    if "error" in row:
+        return (board, SPACES[kind], "none fits", *[""] * 7)
     gain = rows.get(f"difference {key}")
     return (
         board,

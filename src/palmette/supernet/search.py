@@ -6,9 +6,9 @@ rejection; what the predictor promises is not searched for but solved exactly; n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -18,15 +18,17 @@ from palmette.supernet.memory import MemoryModel
 from palmette.supernet.optimum import Optimizer
 from palmette.supernet.predictor import agreement, ridge
 from palmette.supernet.sampling import sample_balanced
-from palmette.supernet.space import Config, key_of
+from palmette.supernet.space import Config, Kind, key_of
 
 Measure = Callable[[Sequence[Config]], list[float]]
 """`measure(configs)` -> the value of each configuration, the larger the better, below 1 for an accuracy."""
 
 FEWEST = 5
 """Measured networks below which nothing is learnt."""
+FOREMOST = 4.0
+"""How much more than others a kind of choice weighs where it is foremost."""
 FIRST_SHARE = 0.5
-"""Share of the measurements that is drawn at random, and learnt from."""
+"""Share of the measurements that is not proposed by what was learnt."""
 
 
 @dataclass(frozen=True)
@@ -95,14 +97,16 @@ def search(
 ) -> Search:
     """Measure `measurements` networks that fit the memory model's profile, half of them proposed by what was learnt.
 
-    measure: is asked for a round at once. rounds: how often the predictor is fitted anew. control: also measure as many
-    networks drawn at random, of which the first half are the search's own. Raises BudgetError if nothing fits, naming
+    The others are the largest that fit, by several measures of large, and drawn ones. measure: is asked for a round at
+    once. rounds: how often the predictor is fitted anew. control: also measure as many networks drawn at random, of
+    which the search has the first. Raises BudgetError if nothing fits, naming
     what binds and the smallest need.
     """
     if measurements < 1 or rounds < 1:
         raise InputError(f"measurements = {measurements}, rounds = {rounds} are out of bounds", fix="Give 1 or more.")
     drawn = drawn_within(memory, measurements, seed)
-    first = drawn[: max(FEWEST, round(FIRST_SHARE * measurements))]
+    count, solver = max(FEWEST, round(FIRST_SHARE * measurements)), Optimizer(memory)
+    first = _different([*largest_within(memory, solver)[: count // 2], *drawn])[:count]
     values: dict[str, float] = {}
 
     def valued(configs: Sequence[Config]) -> list[float]:
@@ -115,7 +119,6 @@ def search(
         return [found_of(memory, config, value, said) for config, value, said in triples]
 
     found = seen(first, [None] * len(first))
-    solver = Optimizer(memory)
     left = measurements - len(found)
     for number in range(rounds):
         share = left // (rounds - number)
@@ -124,7 +127,7 @@ def search(
         if not promised:
             break
         found += seen(*zip(*promised, strict=True))
-    compared = drawn if control else first
+    compared = drawn if control else drawn[: max(1, count // 2)]
     return Search(found, seen(compared, [None] * len(compared)))
 
 
@@ -132,8 +135,30 @@ def drawn_within(memory: MemoryModel, count: int, seed: int) -> list[Config]:
     """Up to `count` different configurations that keep the bounds, spread evenly over the peaks that can be reached."""
     space = memory.net.space
     codes = sample_balanced(memory, 4 * count, np.random.default_rng(seed))
-    configs = [space.canonical(memory.codes.decode(code)) for code in codes]
-    return list({key_of(config): config for config in configs}.values())[:count]
+    return _different([space.canonical(memory.codes.decode(code)) for code in codes])[:count]
+
+
+def largest_within(memory: MemoryModel, solver: Optimizer) -> list[Config]:
+    """The largest networks that keep the bounds: by all choices alike, then by each kind of choice foremost.
+
+    A choice counts by its share of its largest value. Bits do not count: a weight loses little by 8 of them, and frees
+    memory for all else.
+    """
+    kinds = [kind for kind in get_args(Kind) if kind != "bits" and memory.net.space.of_kind(kind)]
+    found = []
+    for foremost in (None, *kinds):
+        weights = np.zeros(memory.codes.width)
+        for choice in memory.codes.choices:
+            if choice.kind != "bits":
+                whole = choice.values[-1] / (FOREMOST if choice.kind == foremost else 1.0)
+                weights += memory.codes.of(choice.name, [value / whole for value in choice.values])
+        answer = solver.best(weights)
+        found += [] if answer is None else [answer.config]
+    return _different(found)
+
+
+def _different(configs: Iterable[Config]) -> list[Config]:
+    return list({key_of(config): config for config in configs}.values())
 
 
 def asked(measure: Measure, configs: Sequence[Config]) -> list[float]:

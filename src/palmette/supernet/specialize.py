@@ -128,7 +128,7 @@ def specialize(
 
     Each candidate has its batch norms measured on `batches` batches of `train_loader` and is judged on `val_loader`;
     test data are looked at once, for the answer and the control. measurements: networks that are judged. searcher:
-    "exact" draws half of them among those that fit, learns, and solves for the best that is promised, in `rounds`;
+    "exact" takes the largest that fit, draws others, learns, and solves for the best that is promised, in `rounds`;
     "nsga2" is evolution, for values that do not add up. control: judge as many drawn at random. latency: a table of the
     device, needed where the profile bounds the latency; on the table's machine the best are timed, and one that proves
     too slow gives way to the next. mode: "train" bounds the RAM of a training step at `batch`, as `MemoryModel`
