@@ -7,7 +7,8 @@ for each product makes linear. The rest is an integer program, solved to optimal
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,11 +45,14 @@ class Optimizer:
         self._sparse: Any = compat.optional("scipy.sparse", package="palmette[search]")
         self._bounds = [self._bounded(place) for place in range(len(memory.resolutions))]
 
-    def best(self, weights: Floats, *, excluded: Ints | None = None) -> Optimum | None:
+    def best(
+        self, weights: Floats, *, excluded: Ints | None = None, gap: float = 0.0, seconds: float | None = None
+    ) -> Optimum | None:
         """The configuration whose code has the largest product with `weights`; None if none keeps the bounds.
 
         weights: [codes.width]; what a choice that does not matter in a configuration weighs is left out. excluded:
-        codes [n, choices] that must not be the answer.
+        codes [n, choices] that must not be the answer. gap: the share of the value by which the answer may miss the
+        best; seconds: for each resolution, after which the best that is known is taken, or None.
         """
         found = []
         for bounds in self._bounds:
@@ -56,7 +60,8 @@ class Optimizer:
             for code in () if excluded is None else excluded:
                 columns = self._said(code)
                 program.at_most({(column,): 1.0 for column in columns}, len(columns) - 1)
-            found.append(program.maximum(self._objective(weights), self._scipy, self._sparse))
+            options = {"mip_rel_gap": gap} | ({} if seconds is None else {"time_limit": seconds})
+            found.append(program.maximum(self._objective(weights), self._scipy, self._sparse, options))
         answers = [answer for answer in found if answer is not None]
         if not answers:
             return None
@@ -66,7 +71,7 @@ class Optimizer:
 
     def _bounded(self, place: int) -> _Program:
         """One value for every choice, that number of the resolutions, within the profile's bounds."""
-        program = _Program(self.codes.width)
+        program = _Program([range(span.start, span.stop) for span in self._spans()])
         for span in self._spans():
             program.equal({(column,): 1.0 for column in range(span.start, span.stop)}, 1.0)
         if RESOLUTION in self.codes.first:
@@ -135,17 +140,24 @@ class Optimizer:
 
 
 class _Program:
-    """Constraints over binary columns and their products."""
+    """Constraints over binary columns and their products.
 
-    def __init__(self, width: int) -> None:
-        self.width = width
+    `spans`: the columns of each choice, of which exactly one is 1. The products of one value each of some choices come
+    as a family: summed over one choice they are the product of the others. With that the relaxation is nearly exact,
+    and products need not be declared integral.
+    """
+
+    def __init__(self, spans: Sequence[range]) -> None:
+        self.width = 1 + sum(len(span) for span in spans)
+        self.spans = spans
+        self.choice = {column: number for number, span in enumerate(spans) for column in span}
         self.products: dict[Product, int] = {}
         self.most: dict[int, float] = {}
         self.rows: list[tuple[dict[int, float], float, float]] = []
 
     def copy(self) -> _Program:
         """The same constraints, to which others can be added."""
-        other = _Program(self.width)
+        other = _Program(self.spans)
         other.products, other.rows, other.most = dict(self.products), list(self.rows), dict(self.most)
         return other
 
@@ -167,39 +179,56 @@ class _Program:
 
     def _row(self, terms: Mapping[Product, float], low: float, high: float) -> None:
         constant = terms.get((), 0.0)
-        row = {self._column(product): amount for product, amount in terms.items() if product and amount}
-        self.rows.append((row, low - constant, high - constant))
+        self.rows.append((self._columns(terms), low - constant, high - constant))
+
+    def _columns(self, terms: Mapping[Product, float]) -> dict[int, float]:
+        """The terms by column; two values of one choice have a product of zero."""
+        return {
+            self._column(product): amount
+            for product, amount in terms.items()
+            if product and amount and len({self.choice.get(c) for c in product}) == len(product)
+        }
 
     def _column(self, product: Product) -> int:
-        """The column of a product, made with the constraints that tie it to its factors."""
         if product not in self.products:
             if len(product) == 1:
                 return product[0]
-            left, right = self._column(product[:-1]), product[-1]
-            own = self.products[product] = self.width + len(self.products)
-            self.rows.append(({own: 1.0, left: -1.0}, -np.inf, 0.0))
-            self.rows.append(({own: 1.0, right: -1.0}, -np.inf, 0.0))
-            self.rows.append(({own: -1.0, left: 1.0, right: 1.0}, -np.inf, 1.0))
+            self._family([self.choice[column] for column in product])
         return self.products[product]
 
-    def maximum(self, terms: Mapping[Product, float], scipy: Any, sparse: Any) -> tuple[Floats, float] | None:
+    def _family(self, choices: Sequence[int]) -> None:
+        """The columns of all products of one value each of some choices, ascending, and what they sum up to."""
+        span = self.spans[choices[-1]]
+        heads = list(itertools.product(*(self.spans[choice] for choice in choices[:-1])))
+        wholes = [self._column(head) for head in heads]
+        for head in heads:
+            for column in span:
+                self.products[*head, column] = self.width + len(self.products)
+        for head, whole in zip(heads, wholes, strict=True):
+            self.rows.append(({whole: -1.0, **{self.products[*head, c]: 1.0 for c in span}}, 0.0, 0.0))
+        for column in span:
+            self.rows.append(({column: -1.0, **{self.products[*head, column]: 1.0 for head in heads}}, 0.0, 0.0))
+
+    def maximum(
+        self, terms: Mapping[Product, float], scipy: Any, sparse: Any, options: dict[str, float]
+    ) -> tuple[Floats, float] | None:
         """The columns [width] of a maximum and its value, None if no columns keep the constraints."""
-        value = {self._column(product): amount for product, amount in terms.items() if product}
+        value = self._columns(terms)
         width = self.width + len(self.products)
         entries = [(i, c, a) for i, (row, _, _) in enumerate(self.rows) for c, a in row.items()]
         i, c, a = zip(*entries, strict=True)
         matrix = sparse.csr_matrix((a, (i, c)), shape=(len(self.rows), width))
         objective = np.zeros(width)
         objective[list(value)] = [-amount for amount in value.values()]
-        largest, integral = np.ones(width), np.ones(width)
-        largest[list(self.most)], integral[list(self.most)] = list(self.most.values()), 0
+        largest, integral = np.ones(width), np.zeros(width)
+        largest[list(self.most)], integral[: self.width] = list(self.most.values()), 1
         low, high = (np.array([row[k] for row in self.rows]) for k in (1, 2))
         found = scipy.milp(
             objective,
             constraints=scipy.LinearConstraint(matrix, low, high),
             bounds=scipy.Bounds(0, largest),
             integrality=integral,
-            options={"mip_rel_gap": 0.0},
+            options=options,
         )
         if found.x is None:
             return None

@@ -1,7 +1,8 @@
 """The best network of a trained supernet for a device: measure some, learn from them, solve, measure what was promised.
 
-Source of the loop: LINAS (DyNAS-T, 2022). What differs: the first networks are drawn among those that fit, without
-rejection; what the predictor promises is not searched for but solved exactly; nothing that does not fit is measured.
+Source of the loop: LINAS (DyNAS-T, 2022). What differs: the first networks are the largest that fit, and others drawn
+among those that fit, without rejection; what the predictor promises is not searched for but solved, exactly unless that
+takes long; nothing that does not fit is measured.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ Measure = Callable[[Sequence[Config]], list[float]]
 
 FEWEST = 5
 """Measured networks below which nothing is learnt."""
+PATIENCE = 2.0
+"""Seconds, for each resolution, that the proof of a proposal may take; then the best that is known is taken."""
 FOREMOST = 4.0
 """How much more than others a kind of choice weighs where it is foremost."""
 FIRST_SHARE = 0.5
@@ -152,7 +155,7 @@ def largest_within(memory: MemoryModel, solver: Optimizer) -> list[Config]:
             if choice.kind != "bits":
                 whole = choice.values[-1] / (FOREMOST if choice.kind == foremost else 1.0)
                 weights += memory.codes.of(choice.name, [value / whole for value in choice.values])
-        answer = solver.best(weights)
+        answer = solver.best(weights, gap=0.02, seconds=PATIENCE)
         found += [] if answer is None else [answer.config]
     return _different(found)
 
@@ -194,7 +197,7 @@ def _proposals(
     made: list[tuple[Config, float | None]] = []
     for _ in range(count):
         taken = memory.codes.encode([*known, *(config for config, _ in made)])
-        answer = solver.best(weights, excluded=taken)
+        answer = solver.best(weights, excluded=taken, seconds=PATIENCE)
         if answer is None:
             break
         made.append((answer.config, float(-np.expm1(-answer.value)) if enough else None))
