@@ -197,6 +197,7 @@ def plain():
 '''
 
 
+@pytest.mark.slow
 def test_a_method_of_a_file_of_ones_own(tmp_path, monkeypatch) -> None:
     methods()
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))

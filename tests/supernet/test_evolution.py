@@ -109,7 +109,7 @@ def test_the_nearest_network_fits_and_is_the_wanted_one_where_that_fits(net, dat
         assert (code == wanted).all()
 
 
-@pytest.mark.parametrize("storage", ["journal", "sqlite"])
+@pytest.mark.parametrize("storage", ["journal", pytest.param("sqlite", marks=pytest.mark.slow)])
 def test_a_stopped_study_goes_on(net, tmp_path, storage):
     place = tmp_path / "deep" / "study.log" if storage == "journal" else f"sqlite:///{tmp_path}/study.db"
     memory = half(net)
@@ -189,6 +189,7 @@ def test_specialize_by_evolution_and_again_from_its_folder(net, blobs, tmp_path)
         specialize(net, *blobs, profile=profile, searcher="genetic")
 
 
+@pytest.mark.slow
 def test_workers_of_ray_judge_as_this_process_does(nets, blobs, tmp_path):
     net = Supernet.from_model(nets.trained_like(nets.Mixed()), torch.randn(2, 3, 12, 12), resolution=(8,))
     rng = np.random.default_rng(0)

@@ -94,6 +94,7 @@ def test_the_peak_of_a_step_is_what_is_measured_on_the_extracted_network(name, r
     assert len(set(found)) > 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "sides"), [("OFA", (64, 96)), ("MOOFA", (128, 160))])
 def test_staged_spaces_say_what_is_measured_on_their_networks(name, sides):
     space, rng = getattr(pm.supernet, name), np.random.default_rng(0)

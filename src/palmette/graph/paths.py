@@ -54,6 +54,9 @@ class Reader:
             a.source: a for a in assume if set(a.source.users) <= set(a.region)
         }
         self.calls = Counter(str(n.target) for n in gm.graph.nodes if n.op in ("call_module", "get_attr"))
+        self.called = {
+            f"{n.target}.{leaf}" for n in gm.graph.nodes if n.op == "call_module" for leaf in ("weight", "bias")
+        }
         owners = Counter(id(p) for _, p in gm.named_parameters(remove_duplicate=False))
         self.shared = {i for i, k in owners.items() if k > 1}
         self.by_output = {a.output: a for a in self.by_source.values()}
@@ -93,7 +96,7 @@ class Reader:
     def read_twice(self, state: fx.Node) -> bool:
         """Whether a parameter or buffer that a node reads is read again, or belongs to a module that is called."""
         target = str(state.target)
-        return self.calls[target] > 1 or self.calls[target.rpartition(".")[0]] > 0
+        return self.calls[target] > 1 or target in self.called
 
     def weight_reason(self, node: fx.Node) -> str:
         """Why the weights of an affine node cannot be rewritten, "" if they can."""
@@ -101,7 +104,7 @@ class Reader:
             module = module_of(self.gm, node)
             if self.calls[str(node.target)] > 1:
                 return f"'{node.target}' is called several times"
-            if module is not None and any(self.calls[f"{node.target}.{leaf}"] for leaf in module._parameters):
+            if any(self.calls[f"{node.target}.{leaf}"] for leaf in ("weight", "bias")):
                 return f"a weight of '{node.target}' is read beside it"
             if module is not None and any(id(p) in self.shared for p in module._parameters.values() if p is not None):
                 return f"'{node.target}' has tied weights"
