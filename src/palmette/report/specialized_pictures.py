@@ -43,10 +43,10 @@ def memory_picture(figures: dict[str, Any], board: dict[str, Any], index: int) -
 
 def cloud_picture(board: dict[str, Any], index: int) -> Markup:
     """Validation accuracy over RAM of every network that was measured."""
-    chosen, tried = board["found"], board["measurements"]
+    chosen, tried, drawn = board["found"], board["measurements"], [f["config"] for f in board["control"]]
     groups = (
         ("chance", "drawn at random", board["control"]),
-        ("shrunk", "proposed", [f for f in tried if f["promised"] is not None]),
+        ("shrunk", "found by the search", [f for f in tried if f["config"] not in drawn]),
     )
     with drawing():
         picture, axes = sheet(560, 250, left=58, right=16, top=30, bottom=44)
