@@ -68,7 +68,7 @@ def specialize(
 ) -> None:
     """Train one network as a supernet, and give every board the best part of it that provably fits.
 
-    Example: palmette specialize -m palmette:digits-mobile -d digits -w dense.safetensors -b "nano:ram=8KiB,flash=32KiB"
+    Example: palmette specialize -m palmette:digits-mobile -d digits -b "nano:ram=8KiB,dtype=int8,weights_in=flash"
     """
     from palmette.supernet.boards import Recipe, parse_board, parse_tables, run_boards
 

@@ -18,9 +18,10 @@ _BYTES = FuncFormatter(lambda value, _: words.size(value))
 def memory_picture(figures: dict[str, Any], board: dict[str, Any], index: int) -> Markup:
     """Bytes alive at each operation of the chosen network (bars), of the largest (line), and the board's RAM."""
     own = dict(board["steps"])
-    whole: list[tuple[str, int]] = [(path, size) for path, size in figures["supernet"]["largest"]["steps"]]
+    steps = board.get("largest") or figures["supernet"]["largest"]["steps"]
+    whole: list[tuple[str, int]] = [(path, size) for path, size in steps]
     place, line = range(len(whole)), [size for _, size in whole]
-    bound = parse_bytes(board["profile"]["ram"]) if "ram" in board["profile"] else None
+    bound, label = _room(board)
     with drawing():
         picture, axes = sheet(1000, 230, left=80, right=12, top=30, bottom=30)
         bars = [own.get(path, 0) for path, _ in whole]
@@ -28,7 +29,7 @@ def memory_picture(figures: dict[str, Any], board: dict[str, Any], index: int) -
         axes.step(place, line, where="mid", color=COLOUR["dense"], linewidth=1.1, label="the largest", zorder=2)
         if bound is not None:
             red: dict[str, Any] = {"color": COLOUR["removed"], "linewidth": 1.2, "linestyle": (0, (4, 3))}
-            axes.axhline(bound, label="RAM of the board", zorder=4, **red)
+            axes.axhline(bound, label=label, zorder=4, **red)
         axes.yaxis.set_major_formatter(_BYTES)
         axes.set_ylabel("alive")
         axes.set_xlim(-0.7, len(whole) - 0.3)
@@ -39,6 +40,16 @@ def memory_picture(figures: dict[str, Any], board: dict[str, Any], index: int) -
         most = words.size(max(own.values(), default=0))
         said = f"At most {most} are alive in this network, {words.size(max(line))} in the largest"
         return svg(picture, f"memory{index}", said)
+
+
+def _room(board: dict[str, Any]) -> tuple[int | None, str]:
+    """Bytes that a board has for activations, and what to call them; None without a bound."""
+    profile = board["profile"]
+    if "ram" not in profile:
+        return None, ""
+    held = parse_bytes(profile.get("reserve", 0))
+    held += board["found"]["param_bytes"] if profile["weights_in"] == "ram" else 0
+    return parse_bytes(profile["ram"]) - held, "RAM of the board" + (", less weights and reserve" if held else "")
 
 
 def cloud_picture(board: dict[str, Any], index: int) -> Markup:

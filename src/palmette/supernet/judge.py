@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -61,9 +62,9 @@ class Judge:
             **self.scores,
         )
         there = self.folder / split
-        items = {key_of(config): self._item(config, Journal(there)) for config in configs}
+        items = {_name(config): self._item(config, Journal(there)) for config in configs}
         found = run_trials(trial, items, journal=there, ray=self.ray, seed=self.seed, label=self.label)
-        return [Evaluation.unpack(found[key_of(config)]) for config in configs]
+        return [Evaluation.unpack(found[_name(config)]) for config in configs]
 
     def network(self, config: Config) -> fx.GraphModule:
         """The plain network of a configuration, its batch norms measured as they were when it was judged."""
@@ -72,8 +73,12 @@ class Judge:
 
     def _item(self, config: Config, done: Journal) -> Any:
         """What a trial is given: for a worker elsewhere the network comes along, unless it is judged already."""
-        away = self.ray is not None and not done.file(key_of(config)).exists()
+        away = self.ray is not None and not done.file(_name(config)).exists()
         return (config, self.net.extract(config)) if away else config
+
+
+def _name(config: Config) -> str:
+    return hashlib.sha256(key_of(config).encode()).hexdigest()[:16]
 
 
 def _extracted(config: Config, *, net: Supernet, **options: Any) -> dict[str, Any]:

@@ -43,8 +43,8 @@ class Specialized:
     `model`: plain, with weights of its own; the best of all that were measured, drawn ones included. `found`: what the
     search says of it; `measured`: bytes of activations and parameters by the meter on `model`; `evaluation`: on test
     data if there were any, else on validation data. `random`: the best of as many networks drawn at random, on the same
-    data. `steps`: path and bytes alive of each operation. `latency`: of the answer, where the device bounds it. `mode`,
-    `batch`: what was counted, an inference or a training step.
+    data. `steps`: path and bytes alive of each operation, `largest`: of the largest network. `latency`: of the answer,
+    where the device bounds it.
     """
 
     profile: DeviceProfile
@@ -56,6 +56,7 @@ class Specialized:
     random: dict[str, Any]
     search: Search = field(repr=False)
     steps: list[tuple[str, int]] = field(repr=False)
+    largest: list[tuple[str, int]] = field(repr=False)
     latency: Timed | None = None
     split: str = "val"
     mode: Mode = "infer"
@@ -96,6 +97,7 @@ class Specialized:
             "promise": self.search.promise(),
             "latency": None if self.latency is None else self.latency.to_dict(),
             "steps": [list(step) for step in self.steps],
+            "largest": [list(step) for step in self.largest],
         }
 
 
@@ -185,6 +187,7 @@ def specialize(
         random={"config": chance.config, "evaluation": answers[1].to_dict(), "measured": len(result.random)},
         search=result,
         steps=memory.per_step(best.config),
+        largest=memory.per_step(net.max()),
         latency=clock,
         split=split,
         mode=mode,
