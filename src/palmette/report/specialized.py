@@ -113,6 +113,8 @@ def _bounds(profile: dict[str, Any]) -> str:
 def _notes(board: dict[str, Any]) -> list[str]:
     """What else there is to say of a board's network: the size of its images, its time."""
     notes, edge, time = [], board["config"].get("resolution"), board.get("latency")
+    if "dense" in board:
+        notes.append(f"The largest network of the supernet has {_with_interval(board['dense'])} on the same data.")
     if edge is not None:
         notes.append(f"It sees images of {edge} \u00d7 {edge} pixels: scale yours before you pass them.")
     if time is not None:

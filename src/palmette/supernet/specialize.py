@@ -43,8 +43,9 @@ class Specialized:
     `model`: plain, with weights of its own; the best of all that were measured, drawn ones included. `found`: what the
     search says of it; `measured`: bytes of activations and parameters by the meter on `model`; `evaluation`: on test
     data if there were any, else on validation data. `random`: the best of as many networks drawn at random, on the same
-    data. `steps`: path and bytes alive of each operation, `largest`: of the largest network. `latency`: of the answer,
-    where the device bounds it.
+    data; `dense`: the largest network on them, whether it fits or not. `steps`: path and bytes alive of each operation,
+    `largest`: of the largest network. `latency`: of the answer, where the device bounds it. `mode`, `batch`: what was
+    counted, an inference or a training step.
     """
 
     profile: DeviceProfile
@@ -54,6 +55,7 @@ class Specialized:
     measured: dict[str, int]
     evaluation: Evaluation
     random: dict[str, Any]
+    dense: Evaluation
     search: Search = field(repr=False)
     steps: list[tuple[str, int]] = field(repr=False)
     largest: list[tuple[str, int]] = field(repr=False)
@@ -73,6 +75,7 @@ class Specialized:
         lines = [
             f"{self.profile.name}: {_bounds(self.profile)}",
             f"accuracy: {100 * self.evaluation.accuracy:.2f} % [{low:.1f}, {high:.1f}], {what}",
+            f"the largest network, whether it fits or not: {100 * self.dense.accuracy:.2f} % on the same data",
             f"RAM{step}: {ram:,} bytes ({format_bytes(ram)}); parameters: {params:,} bytes ({format_bytes(params)})",
             *([] if self.latency is None else [f"latency: {self.latency}"]),
             *([f"images: {self.config[RESOLUTION]} pixels"] if RESOLUTION in self.config else []),
@@ -92,6 +95,7 @@ class Specialized:
             "mode": self.mode,
             "batch": self.batch,
             "random": self.random,
+            "dense": self.dense.to_dict(),
             "measurements": [f.to_dict() for f in self.search.found],
             "control": [f.to_dict() for f in self.search.random],
             "promise": self.search.promise(),
@@ -175,7 +179,7 @@ def specialize(
     if latency is not None and profile.latency_ms is not None:
         best, clock = in_time(net, latency, parse_latency(profile.latency_ms), result.ranked(), say)
     split, loader = ("val", val_loader) if test_loader is None else ("test", test_loader)
-    answers = judge.evaluations([best.config, chance.config], loader, split)
+    answers = judge.evaluations([best.config, chance.config, net.max()], loader, split)
     model = judge.network(best.config)
     made = Specialized(
         profile=profile,
@@ -185,6 +189,7 @@ def specialize(
         measured=_verified(memory, best, model),
         evaluation=answers[0],
         random={"config": chance.config, "evaluation": answers[1].to_dict(), "measured": len(result.random)},
+        dense=answers[2],
         search=result,
         steps=memory.per_step(best.config),
         largest=memory.per_step(net.max()),
