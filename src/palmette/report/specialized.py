@@ -36,7 +36,7 @@ def render_specialized(run_folder: str | Path) -> Path:
     figures = specialize_figures(folder)
     if figures is None:
         raise RunError("The folder holds no specialize", where=str(folder), fix="Pass the folder of such a run.")
-    boards = [_board(folder, figures, board, index) for index, board in enumerate(figures["boards"])]
+    boards = [_board(folder, board, index) for index, board in enumerate(figures["boards"])]
     page = (
         templates()
         .get_template("specialize.html.j2")
@@ -79,7 +79,7 @@ def lead(figures: dict[str, Any]) -> list[str]:
     return [made, chosen]
 
 
-def _board(folder: Path, figures: dict[str, Any], board: dict[str, Any], index: int) -> dict[str, Any]:
+def _board(folder: Path, board: dict[str, Any], index: int) -> dict[str, Any]:
     profile, found = board["profile"], board["found"]
     split = "validation" if board["split"] == "val" else board["split"]
     return {
@@ -90,7 +90,7 @@ def _board(folder: Path, figures: dict[str, Any], board: dict[str, Any], index: 
         "chance": _with_interval(board["random"]["evaluation"]),
         "ram": words.size(found["ram_bytes"]),
         "params": words.size(found["param_bytes"]),
-        "memory": memory_picture(figures, board, index),
+        "memory": memory_picture(board, index),
         "cloud": cloud_picture(board, index),
         "notes": _notes(board),
         "promise": board["promise"],

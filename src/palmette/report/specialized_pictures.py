@@ -15,11 +15,10 @@ from palmette.report.theme import COLOUR, drawing, sheet, svg
 _BYTES = FuncFormatter(lambda value, _: words.size(value))
 
 
-def memory_picture(figures: dict[str, Any], board: dict[str, Any], index: int) -> Markup:
+def memory_picture(board: dict[str, Any], index: int) -> Markup:
     """Bytes alive at each operation of the chosen network (bars), of the largest (line), and the board's RAM."""
     own = dict(board["steps"])
-    steps = board.get("largest") or figures["supernet"]["largest"]["steps"]
-    whole: list[tuple[str, int]] = [(path, size) for path, size in steps]
+    whole: list[tuple[str, int]] = [(path, size) for path, size in board["largest"]]
     place, line = range(len(whole)), [size for _, size in whole]
     bound, label = _room(board)
     with drawing():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -235,7 +235,6 @@ def _figures(
     history: list[dict[str, Any]],
     names: Mapping[str, str] | None,
 ) -> dict[str, Any]:
-    whole = MemoryModel(net, replace(made[0].profile, latency_ms=None), mode=recipe.mode, batch=recipe.batch)
     earlier = _earlier(run, {found.profile.name for found in made})
     return {
         "kind": "specialize",
@@ -249,10 +248,6 @@ def _figures(
             "networks": float(net.space.size()),
             "choices": [{"name": c.name, "kind": c.kind, "values": list(c.values)} for c in net.space.choices],
             "static": net.static,
-            "largest": {
-                "steps": [list(step) for step in whole.per_step(net.max())],
-                "ram_bytes": int(whole.ram_bytes(whole.codes.encode([net.max()]))[0]),
-            },
         },
         "history": history,
         "boards": [*earlier.get("boards", []), *(found.to_dict() for found in made)],

@@ -32,6 +32,11 @@ class Codes:
         for index, (site, _) in enumerate(sites.widths.values()):
             self._owner[site.classes], self._rank[site.classes] = index, torch.arange(len(site.classes))
 
+    @property
+    def spans(self) -> list[range]:
+        """The columns of each choice, of which a code has a one in exactly one."""
+        return [range(self.first[c.name], self.first[c.name] + len(c.values)) for c in self.choices]
+
     def encode(self, configs: Iterable[Mapping[str, int]]) -> Ints:
         """Configurations as numbers of values [n, choices]."""
         place = [{v: i for i, v in enumerate(c.values)} for c in self.choices]

@@ -53,8 +53,8 @@ def evolve(
     measure: is asked for a generation at once, each network once. population: networks of a generation. storage: where
     the study lives: a URL of a database ("sqlite:///study.db"), or a file for a journal; processes and machines that
     name the same one work together, and a stopped study goes on; what two of them measure at one time may be the same,
-    and there may be up to a population more. None: in this process alone. Source: NSGA-II (Deb et
-    al. 2002), after LINAS (DyNAS-T, 2022).
+    and there may be up to a population more. None: in this process alone. Source: NSGA-II (Deb et al. 2002), after
+    LINAS (DyNAS-T, 2022).
 
     Raises BudgetError if nothing fits, InputError for options out of bounds, or a study of another supernet or device,
     MissingDependency without Optuna, RunError for a storage that cannot be used.
@@ -112,9 +112,11 @@ def _generation(
     """
     proposed: list[tuple[Any, Config]] = []
     new: dict[str, Config] = {}
-    drawn = iter(sample_within(memory, _DRAWN * count, np.random.default_rng(derive_seed(0, len(known)))))
+    drawn: Iterator[Ints] | None = None
     for attempt in range(5 * count + _DRAWN * count):
         if attempt >= 5 * count:
+            if drawn is None:
+                drawn = iter(sample_within(memory, _DRAWN * count, np.random.default_rng(derive_seed(0, len(known)))))
             study.enqueue_trial(_parameters(memory, next(drawn)))
         trial = study.ask(ends)
         wanted = np.array([trial.params[choice.name] for choice in memory.codes.choices])

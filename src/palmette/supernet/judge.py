@@ -44,8 +44,10 @@ class Judge:
         self.net, self.train, self.val, self.batches, self.seed = net, train_loader, val_loader, batches, seed
         self.scores: dict[str, Any] = {"metric": metric, "loss_fn": loss_fn}
         self.ray, self.label = ray, label
-        self._own = tempfile.TemporaryDirectory(prefix="palmette-")  # removed with the judge
-        self.folder = Path(folder or self._own.name)
+        if folder is None:
+            self._own = tempfile.TemporaryDirectory(prefix="palmette-")  # removed with the judge
+            folder = self._own.name
+        self.folder = Path(folder)
 
     def __call__(self, configs: Sequence[Config]) -> list[float]:
         """Raises what `run_trials` and `evaluate` raise."""

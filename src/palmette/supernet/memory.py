@@ -24,7 +24,7 @@ from palmette.graph.channel_rules import ELEMENTWISE
 from palmette.graph.ops import BATCH_NORMS, CONVOLUTIONS, ChannelAffine, module_of, op_name
 from palmette.meter.memory import Step, follow
 from palmette.supernet.codes import Codes, Floats, Ints
-from palmette.supernet.moments import Row
+from palmette.supernet.moments import Row, highest
 from palmette.supernet.resolution import RESOLUTION, at_edge, edge_of
 from palmette.supernet.space import Config
 from palmette.supernet.supernet import Supernet
@@ -303,18 +303,14 @@ class MemoryModel:
     @cached_property
     def _candidates(self) -> list[tuple[Floats, Floats]]:
         """For each resolution what is alive at, and when there are, the steps that can be the peak."""
-        return [undominated(table.steps(), self.gone, self._spans()) for table in self._tables]
-
-    def _spans(self) -> list[slice]:
-        first = self.codes.first
-        return [slice(first[c.name], first[c.name] + len(c.values)) for c in self.codes.choices]
+        return [undominated(table.steps(), self.gone, self.codes.spans) for table in self._tables]
 
     def rows(self, place: int) -> Iterator[Row]:
         """The bytes alive at each step of that resolution as a sum of products of columns of a one-hot code."""
         if self._training is not None:
             yield from self._training.tables[place].rows()
             return
-        spans = self._spans()
+        spans = self.codes.spans
         for live, gone in zip(*self._candidates[place], strict=True):
             terms: dict[tuple[int, ...], float] = {(): float(live[0])}
             terms |= {(int(c),): float(live[c]) for c in np.flatnonzero(live) if c}
@@ -332,7 +328,7 @@ class MemoryModel:
         return np.where(onehot @ self.gone.T > 0, -1.0, live)
 
 
-def undominated(live: Floats, gone: Floats, spans: Sequence[slice]) -> tuple[Floats, Floats]:
+def undominated(live: Floats, gone: Floats, spans: Sequence[range]) -> tuple[Floats, Floats]:
     """Rows [k, width] of `live` and `gone` [steps, width], so that the peak over all steps is that over these.
 
     Of the others another is as large for every code, and runs as often. spans: the columns of each choice, of which a
@@ -343,11 +339,7 @@ def undominated(live: Floats, gone: Floats, spans: Sequence[slice]) -> tuple[Flo
         least = moved[:, span].min(1)
         moved[:, span] -= least[:, None]
         moved[:, 0] += least
-    kept: list[int] = []
-    for step in np.argsort(-moved.sum(1), kind="stable"):
-        below = (moved[step] <= moved[kept] + ROUNDING / len(moved[step])).all(1) & (gone[kept] <= gone[step]).all(1)
-        if not below.any():
-            kept.append(int(step))
+    kept = highest(moved, gone, ROUNDING / moved.shape[1])
     return live[kept], gone[kept]
 
 

@@ -132,14 +132,17 @@ def assembled(
     said = made(integers + floats, range(len(names))).live(known[0]).max(1)
     floats[:, 0] += max(0.0, float((known[1] - said).max()))
     amounts = integers + scale * floats
-    return made(amounts, _highest(amounts, gone))
+    return made(amounts, highest(amounts, gone))
 
 
-def _highest(amounts: Floats, gone: Floats) -> list[int]:
-    """The moments [of amounts [moments, forms]] that no other, which comes whenever they do, exceeds in every form."""
+def highest(amounts: Floats, gone: Floats, slack: float = 0.0) -> list[int]:
+    """The rows of amounts [rows, terms] that no other, which comes whenever they do, reaches in every term, ascending.
+
+    gone [rows, width]: 1 where a row does not come. slack: by how much another may miss a term and still reach it.
+    """
     kept: list[int] = []
     for moment in np.argsort(-amounts.sum(1), kind="stable"):
-        above = (amounts[kept] >= amounts[moment]).all(1) & (gone[kept] <= gone[moment]).all(1)
+        above = (amounts[kept] + slack >= amounts[moment]).all(1) & (gone[kept] <= gone[moment]).all(1)
         if not above.any():
             kept.append(int(moment))
     return sorted(kept)

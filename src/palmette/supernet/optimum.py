@@ -66,14 +66,14 @@ class Optimizer:
         if not answers:
             return None
         onehot, value = max(answers, key=lambda answer: answer[1])
-        code = np.array([int(onehot[span].argmax()) for span in self._spans()])
+        code = np.array([int(onehot[span].argmax()) for span in self.codes.spans])
         return Optimum(self.memory.net.space.canonical(self.codes.decode(code)), value)
 
     def _bounded(self, place: int) -> _Program:
         """One value for every choice, that number of the resolutions, within the profile's bounds."""
-        program = _Program([range(span.start, span.stop) for span in self._spans()])
-        for span in self._spans():
-            program.equal({(column,): 1.0 for column in range(span.start, span.stop)}, 1.0)
+        program = _Program(self.codes.spans)
+        for span in self.codes.spans:
+            program.equal({(column,): 1.0 for column in span}, 1.0)
         if RESOLUTION in self.codes.first:
             program.equal({(self.codes.first[RESOLUTION] + place,): 1.0}, 1.0)
         self._bound_ram(program, place)
@@ -133,10 +133,6 @@ class Optimizer:
                 _add(terms, product, rate * amount)
         whole = parse_latency(bound)  # the solver's tolerance is one of rows near 1
         program.at_most({product: amount / whole for product, amount in terms.items()}, 1.0)
-
-    def _spans(self) -> list[slice]:
-        first = self.codes.first
-        return [slice(first[c.name], first[c.name] + len(c.values)) for c in self.codes.choices]
 
 
 class _Program:

@@ -102,8 +102,7 @@ def search(
 
     The others are the largest that fit, by several measures of large, and drawn ones. measure: is asked for a round at
     once. rounds: how often the predictor is fitted anew. control: also measure as many networks drawn at random, of
-    which the search has the first. Raises BudgetError if nothing fits, naming
-    what binds and the smallest need.
+    which the search has the first. Raises BudgetError if nothing fits, naming what binds and the smallest need.
     """
     if measurements < 1 or rounds < 1:
         raise InputError(f"measurements = {measurements}, rounds = {rounds} are out of bounds", fix="Give 1 or more.")
